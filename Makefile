@@ -1,0 +1,41 @@
+# `make demo` and `make test` create .venv with Python 3.12 on the first call. Where nvidia-smi works, JAX's CUDA plugin is
+# installed as well and both commands use the GPU.
+
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo ,cuda)
+EXTRAS := torch,jax,test$(GPU)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed-$(EXTRAS)
+PYTHON ?= $(shell for p in python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
+
+# JAX would otherwise reserve most of the GPU's memory, which it shares with PyTorch here.
+export XLA_PYTHON_CLIENT_PREALLOCATE := false
+
+.PHONY: demo test lint bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m examples.batch_invariance
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+ifdef GPU
+	$(BIN)/python -m pytest -m gpu
+endif
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gemm
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.12 not found: install it, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)
