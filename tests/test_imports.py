@@ -31,7 +31,10 @@ def import_refusing(refused: tuple[str, ...], *modules: str) -> subprocess.Compl
 @pytest.mark.parametrize(
     ("modules", "refused"),
     [
-        (("shared_specs", "shared_specs.reference", "shared_specs.inputs", "shared_specs.verification"), TORCH + JAX + TERMINAL),
+        (
+            ("shared_specs", "shared_specs.reference", "shared_specs.inputs", "shared_specs.verification"),
+            TORCH + JAX + TERMINAL,
+        ),
         (("bi_torch", "bi_torch.verify"), (*JAX, "bi_jax", "bi_bridge")),
         (("bi_jax", "bi_jax.verify"), (*TORCH, "bi_torch", "bi_bridge")),
     ],
@@ -43,8 +46,12 @@ def test_imports_alone(modules: tuple[str, ...], refused: tuple[str, ...]) -> No
 
 
 def test_shared_specs_needs_nothing_but_numpy() -> None:
-    program = "import sys, numpy; before = set(sys.modules); import shared_specs, shared_specs.reference, shared_specs.verification\n"
-    program += "new = {m.partition('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)\nprint(sorted(new))"
+    program = (
+        "import sys, numpy; before = set(sys.modules); import shared_specs, shared_specs.reference, shared_specs.verification\n"
+    )
+    program += (
+        "new = {m.partition('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)\nprint(sorted(new))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "['shared_specs']"
 
