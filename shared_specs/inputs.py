@@ -15,7 +15,7 @@ normal: signs random, magnitudes log-distributed under 2, as in weights and acti
 positive: the same without signs, where a truncating accumulator drifts;
 wide: exponents uniform over a range that makes alignment drop bits;
 cancel: the second half of K undoes the first but for the last fraction bits;
-subnormal: exponent fields of 0, 1 and 2;
+subnormal: A has exponent fields of 0, 1 and 2, B is normal;
 zeros: zeros of both signs, one element in four a number;
 special: normal with an infinity, a NaN or a zero in some places;
 bits: every bit random, NaN payloads and infinities included.
@@ -31,7 +31,7 @@ def gemm_inputs(kind: str, m: int, k: int, n: int, fmt: FloatFormat, seed: int) 
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: expected one of {', '.join(KINDS)}")
     a = operand_bits(kind, (m, k), fmt, 2 * seed)
-    b = operand_bits(kind, (k, n), fmt, 2 * seed + 1)
+    b = operand_bits("normal" if kind == "subnormal" else kind, (k, n), fmt, 2 * seed + 1)
     if kind == "cancel":
         half = k // 2
         sign = fmt.storage.type(1 << (fmt.bits - 1))
@@ -65,7 +65,7 @@ def operand_bits(kind: str, shape: tuple[int, ...], fmt: FloatFormat, seed: int)
         bits = np.where(choice % np.uint64(4) == 0, bits, _pack(sign, np.uint64(0), np.uint64(0), fmt))
     if kind == "special":
         top = np.uint64((1 << fmt.exponent_bits) - 1)
-        lot = (words >> np.uint64(48)) % np.uint64(61)
+        lot = (words >> np.uint64(48)) % np.uint64(499)
         bits = np.where(lot == 0, _pack(sign, top, np.uint64(0), fmt), bits)
         bits = np.where(lot == 1, _pack(sign, top, fraction | np.uint64(1), fmt), bits)
         bits = np.where((lot >= 2) & (lot < 6), _pack(sign, np.uint64(0), np.uint64(0), fmt), bits)

@@ -1,5 +1,7 @@
 """The GEMM contract in NumPy: the definition that the engines are held to, one statement per clause of the contract."""
 
+import math
+
 import numpy as np
 
 from shared_specs.contract import Float32Split, GemmContract
@@ -51,11 +53,12 @@ def accumulate(a: np.ndarray, b: np.ndarray, contract: GemmContract) -> np.ndarr
     """The float32 accumulator of A [..., M, K] @ B [..., K, N] (values as float32), before the epilogue."""
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    a = np.broadcast_to(a, (*batch, m, k)).reshape(-1, m, k)
-    b = np.broadcast_to(b, (*batch, k, n)).reshape(-1, k, n)
-    out = np.zeros((len(a), m, n), np.float32)
+    count = math.prod(batch)
+    a = np.broadcast_to(a, (*batch, m, k)).reshape(count, m, k)
+    b = np.broadcast_to(b, (*batch, k, n)).reshape(count, k, n)
+    out = np.zeros((count, m, n), np.float32)
     rows = max(1, _MAX_TERMS // (contract.dot.k * max(n, 1)))
-    for i in range(len(a)):
+    for i in range(count):
         for start in range(0, m, rows):
             block = slice(start, start + rows)
             out[i, block] = _tree([_leaf(a[i, block, lo:hi], b[i, lo:hi], contract) for lo, hi in contract.leaf_bounds(k)])

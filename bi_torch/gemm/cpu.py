@@ -1,0 +1,1 @@
+def gemm(*a, **k): raise NotImplementedError

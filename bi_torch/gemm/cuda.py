@@ -1,0 +1,204 @@
+"""Launches the Triton kernels: which kernel, which schedule, which grid.
+
+Everything that depends on shapes, strides and dtypes alone is decided once and kept as a `_Plan`, so that a call in a
+decode loop costs a dictionary look-up and a launch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bi_torch.gemm import triton_kernels
+from shared_specs import ARCHITECTURES, GemmContract, GemmSchedule, gemm_schedule
+
+_TMA_ALIGNMENT = 16
+_MAX_EXTENT = 2**31 - 2**16
+"""Row and column numbers are 32-bit in the kernels, a tile beyond the edge included."""
+
+
+def gemm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    contract: GemmContract,
+    schedule: GemmSchedule | None = None,
+) -> None:
+    """out = alpha * (a @ b) + beta * bias, on the current stream.
+
+    Args:
+        a: [B, M, K], any strides.
+        b: [B, K, N], any strides.
+        bias: [B, M, N] (expanded views included) or None.
+        out: [B, M, N], any strides without overlap.
+        alpha, beta: rounded to float32 once.
+        contract: fixes the bits.
+        schedule: overrides the table's.
+    """
+    key = (
+        a.device.index, a.dtype, out.dtype, a.shape, a.stride(), b.shape, b.stride(), out.stride(),
+        _aligned(a), _aligned(b), _aligned(out), bias is not None and (bias.dtype, bias.stride(), _aligned(bias)),
+        alpha != 1.0, contract, schedule,
+    )  # fmt: skip
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _PLANS[key] = _plan(a, b, bias, out, alpha != 1.0, contract, schedule)
+    if a.device.index == torch.cuda.current_device():
+        plan.launch(a, b, bias, out, alpha, beta)
+    else:
+        with torch.cuda.device(a.device):
+            plan.launch(a, b, bias, out, alpha, beta)
+
+
+@dataclass
+class _Plan:
+    """A kernel with everything but its tensors and scalars; `runner` is the compiled kernel once it has run."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: Callable[..., tuple[Any, ...]]
+    options: dict[str, Any]
+    runner: Callable[..., None] | None = None
+
+    def launch(self, *tensors_and_scalars: Any) -> None:
+        arguments = self.arguments(*tensors_and_scalars)
+        if self.runner is None:
+            self.runner = self.kernel[self.grid](*arguments, **self.options)[self.grid]
+        else:
+            self.runner(*arguments)
+
+
+_PLANS: dict[tuple[Any, ...], _Plan] = {}
+
+
+def _plan(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    scale: bool,
+    contract: GemmContract,
+    schedule: GemmSchedule | None,
+) -> _Plan:
+    if contract.k_leaves != 1:
+        raise NotImplementedError(f"bi_torch.gemm on CUDA: k_leaves = {contract.k_leaves}; the kernels implement 1")
+    batch, m, k = a.shape
+    n = b.shape[2]
+    if max(m, n, k) > _MAX_EXTENT:
+        raise ValueError(f"bi_torch.gemm on CUDA: M, N and K must not exceed {_MAX_EXTENT}, got {m}, {n}, {k}")
+    tma = batch == 1 and k > 0 and contract.split is None and _tma_major(a) is not None and _tma_major(b) is not None
+    if schedule is None:
+        op = "mm" if tma or contract.split is not None else "mm_strided"
+        schedule = gemm_schedule("triton", contract.operand, m, n, k, _architecture(a.device.index), op)
+    schedule.check(contract)
+    options = {"num_warps": schedule.warps, "num_stages": schedule.stages, "enable_fp_fusion": False}
+    tiles = triton.cdiv(m, schedule.block_m) * triton.cdiv(n, schedule.block_n)
+    if schedule.loads == "tma":
+        if not tma:
+            raise ValueError("bi_torch.gemm on CUDA: a schedule with loads='tma' needs one batch entry and 16-byte aligned rows")
+        programs = min(tiles, _multiprocessors(a.device.index)) if schedule.persistent else tiles
+        arguments = _tma_arguments(a, b, bias, out, scale, schedule)
+        return _Plan(triton_kernels.gemm_tma, (programs, 1, 1), arguments, options)
+    kernel = triton_kernels.gemm_pointer if contract.split is None else triton_kernels.gemm_split
+    arguments = _pointer_arguments(a, b, bias, out, scale, schedule, contract)
+    return _Plan(kernel, (tiles * batch, 1, 1), arguments, options)
+
+
+def _tma_arguments(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, scale: bool, schedule: GemmSchedule
+) -> Callable[..., tuple[Any, ...]]:
+    """Arguments of `gemm_tma` from the tensors of a call."""
+    m, n, k = a.shape[1], b.shape[2], a.shape[2]
+    a_is_km, b_is_nk = _tma_major(a) == 1, _tma_major(b) == 1
+    store_tma = _tma_major(out) == 2
+    block_m, block_n, block_k = schedule.block_m, schedule.block_n, schedule.block_k
+    a_map = _tensor_map(a, a_is_km, block_m, block_k)
+    b_map = _tensor_map(b, not b_is_nk, block_n, block_k, rows_first=False)
+    out_map = ([m, n], [_pitch(out, 1, 2), 1], [block_m, block_n // schedule.store_split])
+    out_strides = (out.stride(1), out.stride(2))
+    bias_strides = (bias.stride(1), bias.stride(2)) if bias is not None else (0, 0)
+    constants = (
+        a_is_km, b_is_nk, scale, bias is not None, store_tma, block_m, block_n, block_k,
+        schedule.swap, schedule.group_m, schedule.store_split, schedule.persistent,
+    )  # fmt: skip
+
+    def arguments(a: Any, b: Any, bias: Any, out: Any, alpha: float, beta: float) -> tuple[Any, ...]:
+        out_desc = TensorDescriptor(out, *out_map) if store_tma else None
+        return (
+            TensorDescriptor(a, *a_map), TensorDescriptor(b, *b_map), out_desc, None if store_tma else out, bias,
+            alpha, beta, m, n, k, *out_strides, *bias_strides, *constants,
+        )  # fmt: skip
+
+    return arguments
+
+
+def _tensor_map(x: torch.Tensor, k_first: bool, block: int, block_k: int, rows_first: bool = True) -> tuple[list[int], list[int], list[int]]:
+    """(shape, strides, block) of an operand as it is stored: [K, extent] if `k_first`, else [extent, K]."""
+    extent_dim, k_dim = (1, 2) if rows_first else (2, 1)
+    dims, tile = ((k_dim, extent_dim), [block_k, block]) if k_first else ((extent_dim, k_dim), [block, block_k])
+    return [x.shape[d] for d in dims], [_pitch(x, *dims), 1], tile
+
+
+def _pointer_arguments(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    scale: bool,
+    schedule: GemmSchedule,
+    contract: GemmContract,
+) -> Callable[..., tuple[Any, ...]]:
+    """Arguments of `gemm_pointer` and `gemm_split` from the tensors of a call."""
+    extents = (a.shape[1], b.shape[2], a.shape[2])
+    strides = (*a.stride(), *b.stride(), *out.stride(), *(bias.stride() if bias is not None else (0, 0, 0)))
+    rule = () if contract.split is None else (contract.split.cross,)
+    constants = (*rule, scale, bias is not None, schedule.block_m, schedule.block_n, schedule.block_k, schedule.swap, schedule.group_m)
+
+    def arguments(a: Any, b: Any, bias: Any, out: Any, alpha: float, beta: float) -> tuple[Any, ...]:
+        return (a, b, out, bias, alpha, beta, *extents, *strides, *constants)
+
+    return arguments
+
+
+def _tma_major(x: torch.Tensor) -> int | None:
+    """The contiguous dimension (1 or 2) of a matrix [1, rows, cols] that a tensor map can describe, or None."""
+    unit = _TMA_ALIGNMENT // x.element_size()
+    for contiguous, other in ((2, 1), (1, 2)):
+        pitch = _pitch(x, other, contiguous)
+        if _aligned(x) and x.stride(contiguous) == 1 and pitch % unit == 0 and pitch >= x.shape[contiguous]:
+            return contiguous
+    return None
+
+
+def _pitch(x: torch.Tensor, other: int, contiguous: int) -> int:
+    """Elements from row to row; the stride of a dimension of size 1 means nothing, so any aligned pitch will do."""
+    if x.shape[other] == 1:
+        unit = _TMA_ALIGNMENT // x.element_size()
+        return triton.cdiv(x.shape[contiguous], unit) * unit
+    return x.stride(other)
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    return x.data_ptr() % _TMA_ALIGNMENT == 0
+
+
+@lru_cache
+def _architecture(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = f"sm_{major}{minor}"
+    if arch not in ARCHITECTURES:
+        raise RuntimeError(f"bi_torch.gemm: no kernels for {arch} (device {device}): supported are {', '.join(ARCHITECTURES)}")
+    return arch
+
+
+@lru_cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,219 @@
+"""Triton kernels of the GEMM: alpha * (A @ B) + beta * bias, one output tile per program step.
+
+Every kernel evaluates the contract's chain for each output: dot instructions over K in ascending order from a +0
+accumulator, the tail of K filled with zeros. A tile's shape, its warps and which operand feeds which side of the tensor
+core decide which outputs are computed together, never the order of an addition; that is why the bits do not depend on
+the schedule. The kernels must be compiled with `enable_fp_fusion=False`: the epilogue's multiplications and additions
+are rounded one by one.
+
+    gemm_tma       operands read through tensor maps: 16-byte aligned rows, one contiguous dimension
+    gemm_pointer   masked loads: any strides, any size
+    gemm_split     float32 operands as three bfloat16 parts (`Float32Split`), masked loads
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _cdiv(x, BLOCK: tl.constexpr):
+    return (x + BLOCK - 1) // BLOCK
+
+
+@triton.jit
+def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
+    """A +0 accumulator for one output tile, transposed with SWAP."""
+    return tl.full((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), 0.0, tl.float32)
+
+
+@triton.jit
+def _tile(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(m, n) of the index-th output tile: GROUP_M rows of tiles at a time, so that neighbours share B through the L2."""
+    group = index // (GROUP_M * tiles_n)
+    first_m = group * GROUP_M
+    rows = tl.minimum(tiles_m - first_m, GROUP_M)
+    return first_m + index % rows, (index % (GROUP_M * tiles_n)) // rows
+
+
+@triton.jit
+def _bias(bias_ptr, row, col, M, N, stride_m, stride_n):
+    """The [BLOCK_M, BLOCK_N] tile of the bias in float32; a stride of 0 broadcasts."""
+    offsets = row.to(tl.int64)[:, None] * stride_m + col.to(tl.int64)[None, :] * stride_n
+    inside = (row[:, None] < M) & (col[None, :] < N)
+    return tl.load(bias_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(out_ptr, value, row, col, M, N, stride_m, stride_n):
+    offsets = row.to(tl.int64)[:, None] * stride_m + col.to(tl.int64)[None, :] * stride_n
+    inside = (row[:, None] < M) & (col[None, :] < N)
+    tl.store(out_ptr + offsets, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _epilogue(acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE: tl.constexpr, BIAS: tl.constexpr):
+    """alpha * acc + beta * bias, three float32 roundings; SCALE = False is alpha = 1, where the product is exact."""
+    if SCALE:
+        acc = acc * alpha
+    if BIAS:
+        acc = acc + _bias(bias_ptr, row, col, M, N, stride_bias_m, stride_bias_n) * beta
+    return acc
+
+
+@triton.jit
+def gemm_tma(
+    a_desc, b_desc, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, K,
+    stride_out_m, stride_out_n, stride_bias_m, stride_bias_n,
+    A_IS_KM: tl.constexpr, B_IS_NK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, STORE_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr, GROUP_M: tl.constexpr, STORE_SPLIT: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """A program walks over output tiles [BLOCK_M, BLOCK_N] with stride num_programs; tensor maps zero-fill every edge.
+
+    A is stored [M, K] or (A_IS_KM) [K, M]; B is stored [K, N] or (B_IS_NK) [N, K]. With SWAP the tensor core computes
+    the transposed tile, so that few rows of A still fill its 64-row side with columns of B.
+    """
+    tiles_m = _cdiv(M, BLOCK_M)
+    tiles_n = _cdiv(N, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = _tile(index, tiles_m, tiles_n, GROUP_M)
+        m0 = tile_m * BLOCK_M
+        n0 = tile_n * BLOCK_N
+        acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
+        for k0 in range(0, K, BLOCK_K):
+            a = a_desc.load([k0, m0]).T if A_IS_KM else a_desc.load([m0, k0])
+            b = b_desc.load([n0, k0]).T if B_IS_NK else b_desc.load([k0, n0])
+            acc = tl.dot(b.T, a.T, acc) if SWAP else tl.dot(a, b, acc)
+        if SWAP:
+            acc = acc.T
+        if STORE_SPLIT == 1:
+            _finish(acc, m0, n0, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
+                    stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, BLOCK_M, BLOCK_N)  # fmt: skip
+        else:
+            tl.static_assert(STORE_SPLIT == 2)
+            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            _finish(left, m0, n0, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
+                    stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+            _finish(right, m0, n0 + BLOCK_N // 2, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
+                    stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    acc, m0, n0, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n, stride_bias_m, stride_bias_n,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, STORE_TMA: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Epilogue and store of the [ROWS, COLS] tile at (m0, n0)."""
+    row = m0 + tl.arange(0, ROWS)
+    col = n0 + tl.arange(0, COLS)
+    value = _epilogue(acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE, BIAS)
+    if STORE_TMA:
+        out_desc.store([m0, n0], value.to(out_desc.dtype))
+    else:
+        _store(out_ptr, value, row, col, M, N, stride_out_m, stride_out_n)
+
+
+@triton.jit
+def _offsets(base, extent, BLOCK: tl.constexpr):
+    offsets = base + tl.arange(0, BLOCK)
+    return offsets, offsets < extent
+
+
+@triton.jit
+def _batch_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(batch entry, m, n) of this program's tile."""
+    tiles_m = _cdiv(M, BLOCK_M)
+    tiles_n = _cdiv(N, BLOCK_N)
+    index = tl.program_id(0)
+    tile_m, tile_n = _tile(index % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+    return (index // (tiles_m * tiles_n)).to(tl.int64), tile_m, tile_n
+
+
+@triton.jit
+def gemm_pointer(
+    a_ptr, b_ptr, out_ptr, bias_ptr, alpha, beta, M, N, K,
+    stride_a_b, stride_a_m, stride_a_k, stride_b_b, stride_b_k, stride_b_n, stride_out_b, stride_out_m, stride_out_n,
+    stride_bias_b, stride_bias_m, stride_bias_n,
+    SCALE: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One output tile [BLOCK_M, BLOCK_N] of one batch entry a program; masked loads fill every edge with zeros."""
+    batch, tile_m, tile_n = _batch_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row, row_inside = _offsets(tile_m * BLOCK_M, M, BLOCK_M)
+    col, col_inside = _offsets(tile_n * BLOCK_N, N, BLOCK_N)
+    a_rows = a_ptr + batch * stride_a_b + row.to(tl.int64)[:, None] * stride_a_m
+    b_cols = b_ptr + batch * stride_b_b + col.to(tl.int64)[None, :] * stride_b_n
+    acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    for k0 in range(0, K, BLOCK_K):
+        k, k_inside = _offsets(k0, K, BLOCK_K)
+        a = tl.load(a_rows + k.to(tl.int64)[None, :] * stride_a_k, mask=row_inside[:, None] & k_inside[None, :], other=0.0)
+        b = tl.load(b_cols + k.to(tl.int64)[:, None] * stride_b_k, mask=k_inside[:, None] & col_inside[None, :], other=0.0)
+        acc = tl.dot(b.T, a.T, acc) if SWAP else tl.dot(a, b, acc)
+    if SWAP:
+        acc = acc.T
+    if BIAS:
+        bias_ptr += batch * stride_bias_b
+    value = _epilogue(acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE, BIAS)
+    _store(out_ptr + batch * stride_out_b, value, row, col, M, N, stride_out_m, stride_out_n)
+
+
+@triton.jit
+def _truncate(x):
+    """(bfloat16, float32) of the upper 16 bits of float32 x."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split(x):
+    """The three bfloat16 parts of float32 x, largest first; a non-finite x is its first part alone."""
+    finite = (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+    high, high_value = _truncate(tl.where(x == x, x, float("nan")))
+    rest = tl.where(finite, x - high_value, 0.0)
+    middle, middle_value = _truncate(rest)
+    low, _ = _truncate(rest - middle_value)
+    return high, middle, low
+
+
+@triton.jit
+def gemm_split(
+    a_ptr, b_ptr, out_ptr, bias_ptr, alpha, beta, M, N, K,
+    stride_a_b, stride_a_m, stride_a_k, stride_b_b, stride_b_k, stride_b_n, stride_out_b, stride_out_m, stride_out_n,
+    stride_bias_b, stride_bias_m, stride_bias_n,
+    CROSS: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """As `gemm_pointer`, for float32 operands; BLOCK_K is the contract's promote_k, CROSS its part products.
+
+    The promoted sums are written fma(x, 1, sum), one rounding: `sum + dot(...)` would be turned into the dot's accumulator.
+    """
+    batch, tile_m, tile_n = _batch_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row, row_inside = _offsets(tile_m * BLOCK_M, M, BLOCK_M)
+    col, col_inside = _offsets(tile_n * BLOCK_N, N, BLOCK_N)
+    a_rows = a_ptr + batch * stride_a_b + row.to(tl.int64)[:, None] * stride_a_m
+    b_cols = b_ptr + batch * stride_b_b + col.to(tl.int64)[None, :] * stride_b_n
+    high = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    cross = high
+    for k0 in range(0, K, BLOCK_K):
+        k, k_inside = _offsets(k0, K, BLOCK_K)
+        a = tl.load(a_rows + k.to(tl.int64)[None, :] * stride_a_k, mask=row_inside[:, None] & k_inside[None, :], other=0.0)
+        b = tl.load(b_cols + k.to(tl.int64)[:, None] * stride_b_k, mask=k_inside[:, None] & col_inside[None, :], other=0.0)
+        a_parts = _split(a)
+        b_parts = _split(b)
+        chain = _zeros(BLOCK_M, BLOCK_N, SWAP)
+        for product in tl.static_range(len(CROSS)):
+            x = a_parts[CROSS[product][0]]
+            y = b_parts[CROSS[product][1]]
+            chain = tl.dot(y.T, x.T, chain) if SWAP else tl.dot(x, y, chain)
+        cross = tl.fma(chain, 1.0, cross)
+        chain = tl.dot(b_parts[0].T, a_parts[0].T) if SWAP else tl.dot(a_parts[0], b_parts[0])
+        high = tl.fma(chain, 1.0, high)
+    finite = (high.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+    acc = tl.where(finite, high + cross, high)
+    if SWAP:
+        acc = acc.T
+    if BIAS:
+        bias_ptr += batch * stride_bias_b
+    value = _epilogue(acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE, BIAS)
+    _store(out_ptr + batch * stride_out_b, value, row, col, M, N, stride_out_m, stride_out_n)

@@ -1,0 +1,97 @@
+"""Triton's interpreter with the GPU's arithmetic, for tests.
+
+The interpreter multiplies bfloat16 bit patterns as integers, truncates where the GPU rounds, rounds an fma twice and
+keeps NaN payloads, and cannot read a scalar under NumPy 2.5. This module replaces exactly these: a dot is the reference
+model's chain, conversions round to nearest even, an fma must have a factor of 1 (all that the kernels use), and
+arithmetic gives the one NaN of the GPU.
+"""
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from shared_specs import BFLOAT16, FLOAT16, FLOAT32, HOPPER_DOT
+from shared_specs.reference import tensor_core
+
+_FORMATS = {tl.bfloat16: BFLOAT16, tl.float16: FLOAT16, tl.float32: FLOAT32}
+
+
+def interpreted(module: ModuleType) -> ModuleType:
+    """A second copy of a module of `@triton.jit` functions, whose kernels run in the interpreter."""
+    name = f"{module.__name__}_interpreted"
+    spec = importlib.util.spec_from_file_location(name, module.__file__)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[name] = copy
+    with mock.patch.object(triton.knobs.runtime, "interpret", True):
+        spec.loader.exec_module(copy)
+    return copy
+
+
+@contextlib.contextmanager
+def gpu_arithmetic() -> Iterator[None]:
+    """Within the context, interpreted kernels compute as an H100 does."""
+    original = InterpreterBuilder.binary_op
+    patches = {
+        "create_dot": _dot,
+        "create_fma": _fma,
+        "cast_impl": _cast(InterpreterBuilder.cast_impl),
+        "create_fp_ext": lambda self, src, dst_type: self.cast_impl(src, dst_type),
+        "create_fp_trunc": lambda self, src, dst_type: self.cast_impl(src, dst_type),
+        "create_fp_to_fp": lambda self, src, dst_type, rounding_mode: self.cast_impl(src, dst_type),
+        "binary_op": lambda self, lhs, rhs, op: _one_nan(original(self, lhs, rhs, op)),
+    }
+    index = mock.patch.object(interpreter, "_patch_lang_tensor", _patch_index(interpreter._patch_lang_tensor))
+    with mock.patch.multiple(InterpreterBuilder, **patches), index, np.errstate(all="ignore"):
+        yield
+
+
+def _patch_index(original: Any) -> Any:
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patch
+
+
+def _values(handle: TensorHandle) -> np.ndarray:
+    fmt = _FORMATS[handle.dtype.scalar]
+    return fmt.decode(np.ascontiguousarray(handle.data).view(fmt.storage))
+
+
+def _dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision: Any, max_num_imprecise_acc: Any) -> TensorHandle:
+    fmt = _FORMATS[a.dtype.scalar]
+    assert fmt.bits == 16, "a float32 dot would be TF32 on a GPU"
+    return TensorHandle(tensor_core.chain(_values(a), _values(b), d.data, fmt, HOPPER_DOT), tl.float32)
+
+
+def _fma(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    assert (y.data == 1).all(), "the interpreter's fma rounds twice unless a factor is 1"
+    return _one_nan(TensorHandle(x.data + z.data, z.dtype.scalar))
+
+
+def _cast(original: Any) -> Any:
+    def cast(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
+        source, target = _FORMATS.get(src.dtype.scalar), _FORMATS.get(dst_type.scalar)
+        if source is None or target is None:
+            return original(self, src, dst_type)
+        bits = target.encode(_values(src))
+        return TensorHandle(bits if target is BFLOAT16 else bits.view(target.name), dst_type.scalar)
+
+    return cast
+
+
+def _one_nan(handle: TensorHandle) -> TensorHandle:
+    if handle.dtype.scalar != tl.float32:
+        return handle
+    return TensorHandle(FLOAT32.encode(handle.data).view(np.float32).reshape(np.shape(handle.data)), handle.dtype.scalar)
