@@ -1,0 +1,1 @@
+"""Programs that measure this library against what a user would run instead."""

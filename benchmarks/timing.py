@@ -1,0 +1,86 @@
+"""Device time per call, measured in the same way for PyTorch and JAX.
+
+A program is one host call that queues a call for every weight in a list: a CUDA graph in PyTorch, one jitted function in
+JAX. Programs are queued back to back and the host waits once, so that the device never waits for the host; the time that
+passed, divided by the calls, is the time per call. Together the weights exceed the L2 cache, so that every call reads its
+weight from memory, as a model does. Columns take turns, so that a change of the clock rate hits all of them.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import jax
+import torch
+
+
+@dataclass(frozen=True)
+class Program:
+    """`calls` calls that `enqueue` puts on the device's queue; `wait` blocks until what enqueue returned is done."""
+
+    calls: int
+    enqueue: Callable[[], Any]
+    wait: Callable[[Any], object]
+
+
+def torch_program(
+    call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor]
+) -> Program:
+    """call(x, w) for every weight, as one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compilation and lazy initialisation must not happen under capture
+        call(x, weights[0])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call(x, weight) for weight in weights]
+
+    def enqueue() -> list[torch.Tensor]:
+        graph.replay()
+        return outputs
+
+    return Program(len(weights), enqueue, lambda _: torch.cuda.synchronize())
+
+
+def jax_program(call: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weights: Sequence[jax.Array]) -> Program:
+    """call(x, w) for every weight, as one jitted function with an output for each."""
+    once = jax.jit(call)  # lowered once, however many weights there are
+    compiled = jax.jit(lambda x, weights: [once(x, weight) for weight in weights]).lower(x, weights).compile()
+    return Program(len(weights), lambda: compiled(x, weights), jax.block_until_ready)
+
+
+def microseconds(programs: dict[str, Program], *, seconds: float = 0.02, repeats: int = 5) -> dict[str, float]:
+    """Median time per call of each program, in microseconds, each repeat running for about `seconds`."""
+    runs = {}
+    for name, program in programs.items():
+        _elapsed(program, 2)
+        runs[name] = max(2, min(500, round(seconds * 2 / _elapsed(program, 2))))
+    samples: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, program in programs.items():
+            samples[name].append(_elapsed(program, runs[name]) / (runs[name] * program.calls))
+    return {name: median(times) * 1e6 for name, times in samples.items()}
+
+
+def host_microseconds(call: Callable[[], Any], wait: Callable[[Any], object], *, calls: int = 200, repeats: int = 7) -> float:
+    """Time that one call keeps the host, in microseconds; the device's work must be shorter than that."""
+    wait(call())
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        samples.append((time.perf_counter() - start) / calls)
+        wait(result)
+    return median(samples) * 1e6
+
+
+def _elapsed(program: Program, runs: int) -> float:
+    start = time.perf_counter()
+    for _ in range(runs):
+        result = program.enqueue()
+    program.wait(result)
+    return time.perf_counter() - start

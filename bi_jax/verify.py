@@ -1,0 +1,60 @@
+"""Run the GEMM contract on this machine's hardware and compare every bit: `python -m bi_jax.verify`.
+
+Run it after a change of GPU, driver or compiler. The exit status is 1 if a bit differs from the reference model.
+"""
+
+import os
+import sys
+from functools import partial
+
+import jax
+import jaxlib
+import numpy as np
+
+import bi_jax
+from shared_specs import verification
+from shared_specs.formats import FloatFormat, float_format
+from shared_specs.verification import Case, Engine, Operands
+
+
+def engine(device: jax.Device) -> Engine:
+    """JAX's engine for `device`."""
+    on_gpu = device.platform == "gpu"
+    return Engine(
+        name="mosaic" if on_gpu else "jax cpu",
+        environment={"device": device.device_kind, "jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        run=lambda case, operands: run(case, operands, device),
+        large=on_gpu,
+        jobs=os.cpu_count() or 1,  # every shape compiles
+    )
+
+
+def run(case: Case, operands: Operands, device: jax.Device) -> np.ndarray:
+    """The op of `case`, jitted for `device`, bits in and bits out."""
+    fmt = float_format(case.operand)
+    a, b = _array(operands.a, fmt, device), _array(operands.b, fmt, device)
+    bias = None if operands.bias is None else _array(operands.bias, fmt, device)
+    op = partial(getattr(bi_jax, case.op), out_dtype=case.out)
+    if case.op == "linear":
+        result = jax.jit(op)(a, b, bias)
+    elif bias is not None:
+        result = jax.jit(partial(op, beta=case.beta, alpha=case.alpha))(bias, a, b)
+    else:
+        result = jax.jit(op)(a, b)
+    return np.asarray(result).view(float_format(case.out).storage)
+
+
+def _array(bits: np.ndarray, fmt: FloatFormat, device: jax.Device) -> jax.Array:
+    return jax.device_put(bits.view(jax.numpy.dtype(fmt.name)), device)
+
+
+def main() -> int:
+    """Verify the device that is chosen, a GPU if there is one."""
+    parser = verification.command_line("python -m bi_jax.verify", "Compare bi_jax with the reference model, bit for bit.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: JAX's own choice")
+    args = parser.parse_args()
+    return verification.main(engine(jax.local_devices(backend=args.device)[0]), args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

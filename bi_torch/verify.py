@@ -1,0 +1,63 @@
+"""Run the GEMM contract on this machine's hardware and compare every bit: `python -m bi_torch.verify`.
+
+Run it after a change of GPU, driver or compiler. The exit status is 1 if a bit differs from the reference model.
+"""
+
+import sys
+
+import numpy as np
+import torch
+import triton
+
+import bi_torch
+from shared_specs import verification
+from shared_specs.formats import FloatFormat, float_format
+from shared_specs.verification import Case, Engine, Operands
+
+
+def engine(device: str) -> Engine:
+    """PyTorch's engine for `device`, "cpu" or "cuda"."""
+    on_gpu = device == "cuda"
+    return Engine(
+        name="triton" if on_gpu else "torch cpu",
+        environment={
+            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        },
+        run=lambda case, operands: run(case, operands, device),
+        large=on_gpu,
+    )
+
+
+def run(case: Case, operands: Operands, device: str) -> np.ndarray:
+    """The op of `case` on `device`, bits in and bits out."""
+    fmt = float_format(case.operand)
+    a, b = _tensor(operands.a, fmt, device), _tensor(operands.b, fmt, device)
+    bias = None if operands.bias is None else _tensor(operands.bias, fmt, device)
+    out_dtype = getattr(torch, case.out)
+    op = getattr(bi_torch, case.op)
+    if case.op == "linear":
+        result = op(a, b, bias, out_dtype=out_dtype)
+    elif bias is not None:
+        result = op(bias, a, b, beta=case.beta, alpha=case.alpha, out_dtype=out_dtype)
+    else:
+        result = op(a, b, out_dtype=out_dtype)
+    storage = float_format(case.out).storage
+    return result.cpu().view(getattr(torch, storage.name)).numpy()
+
+
+def _tensor(bits: np.ndarray, fmt: FloatFormat, device: str) -> torch.Tensor:
+    return torch.from_numpy(bits).view(getattr(torch, fmt.name)).to(device)
+
+
+def main() -> int:
+    """Verify the device that is chosen, a GPU if there is one."""
+    parser = verification.command_line("python -m bi_torch.verify", "Compare bi_torch with the reference model, bit for bit.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    return verification.main(engine(args.device), args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
