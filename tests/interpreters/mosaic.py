@@ -1,0 +1,83 @@
+"""Mosaic's GPU interpret mode with the arithmetic of the GPU.
+
+Interpret mode runs copies, barriers and warpgroups as they are. Three things in it are not the GPU's: `wgmma` is
+`np.matmul`, a NaN converted to bfloat16 is not the GPU's NaN, and XLA runs callbacks with subnormals flushed, NumPy's too.
+Here `wgmma` is the tensor core of the reference model, conversions store the canonical NaN, and NumPy computes in a thread
+of its own.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
+from jax._src.state.types import ReshapeTransform
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bi_jax import exact
+from shared_specs import HOPPER_DOT, float_format
+from shared_specs.formats import FLOAT32
+from shared_specs.reference import tensor_core
+
+_WORKER = ThreadPoolExecutor(1)
+_WORKER.submit(int).result()  # the thread inherits the floating-point mode of the one that starts it
+
+
+class _Product:
+    """a @ b, not yet computed: it needs the accumulator that it is added to."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> None:
+        assert dtype == np.float32, dtype
+        self.format = float_format(a.dtype.name)
+        self.a, self.b = (self.format.decode(np.ascontiguousarray(x).view(self.format.storage)) for x in (a, b))
+
+    def __radd__(self, acc: np.ndarray) -> np.ndarray:
+        return _WORKER.submit(tensor_core.chain, self.a, self.b, acc, self.format, HOPPER_DOT).result()
+
+
+def _evaluate(ufunc: np.ufunc, x: Any, y: Any) -> np.ndarray:
+    def compute() -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return FLOAT32.decode(FLOAT32.encode(ufunc(np.asarray(x), np.asarray(y))))
+
+    return _WORKER.submit(compute).result()
+
+
+_numpy = SimpleNamespace(**{**vars(np), "matmul": _Product})
+_remove_noop_transforms = gpu_callbacks._remove_noop_transforms
+_arithmetic = jaxpr_interpret.JaxprInterpreter._interpret_arithmetic_primitive
+
+
+def _without_layout(transforms: tuple) -> tuple:
+    """Interpret mode ignores tiling and swizzling, so a reshape that only hides the tiles is void too."""
+    return tuple(t for t in _remove_noop_transforms(transforms) if not isinstance(t, ReshapeTransform))
+
+
+def _with_canonical_nan(self: Any, eqn: Any, get_invals: Any) -> Any:
+    out = _arithmetic(self, eqn, get_invals)
+    if eqn.primitive is lax.convert_element_type_p and eqn.params["new_dtype"] in (jnp.bfloat16, jnp.float16):
+        (x,) = get_invals()
+        bits = lax.bitcast_convert_type(out, jnp.uint16)
+        return lax.bitcast_convert_type(jnp.where(jnp.isnan(x), jnp.uint16(0x7FFF), bits), out.dtype)
+    return out
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels traced in this context run on the CPU and give the GPU's bits."""
+    with (
+        mock.patch.object(gpu_callbacks, "np", _numpy),
+        mock.patch.object(gpu_callbacks, "_remove_noop_transforms", _without_layout),
+        mock.patch.object(jaxpr_interpret.JaxprInterpreter, "_interpret_arithmetic_primitive", _with_canonical_nan),
+        exact.emulated(_evaluate),
+        plgpu.force_gpu_interpret_mode(),
+    ):
+        yield
