@@ -1,1 +1,305 @@
-def gemm(*a, **k): raise NotImplementedError
+"""The GEMM contract on CPU tensors, in torch operations alone.
+
+A dot instruction is evaluated for a whole tile of outputs at once, in float64, where a product of two operands, the
+alignment of its terms (a division by a power of two) and their sum are all exact; what the instruction truncates is
+truncated explicitly. float32 roundings are integer or exact float64 steps too, so the bits do not depend on threads,
+on vector width, on the order of a sum, nor on torch's flush-denormal mode: no float32 subnormal is ever computed with.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shared_specs.contract import DotArithmetic, GemmContract
+from shared_specs.formats import BFLOAT16, FLOAT32, FloatFormat, float_format
+
+F64, I64 = torch.float64, torch.int64
+
+TILE_OUTPUTS = 1 << 14  # outputs worked on at a time: the 16 products of each, in float64, stay in the L2 cache
+TILE_COLUMNS = 512
+SLAB_OPERANDS = 1 << 17  # operand elements decoded at a time
+
+F64_BIAS, F64_MANTISSA = 1023, 52
+F64_EXPONENT = 0x7FF << F64_MANTISSA
+ZERO_EXPONENT = -(1 << 13)  # exponent given to zeros: never the largest beside a nonzero product
+LEAST_EXPONENT = -400  # below every product's exponent, and its power of two is a normal float64
+
+
+@torch.no_grad()
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    *,
+    alpha: float,
+    beta: float,
+    contract: GemmContract,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """alpha * (a @ b) + beta * bias under `contract`.
+
+    Args:
+        a: [B, M, K] of the contract's operand dtype, any strides.
+        b: [B, K, N] of the same dtype, any strides.
+        bias: broadcastable to [B, M, N], of a 16-bit float dtype or float32; not read where beta is 0.
+        alpha: factor of the product, rounded to float32 once.
+        beta: factor of the bias, rounded to float32 once.
+        contract: the bits.
+        out_dtype: dtype of the result.
+
+    Returns:
+        [B, M, N] of `out_dtype`, contiguous.
+    """
+    shape = (a.shape[0], a.shape[1], b.shape[2])
+    out = torch.empty(shape, dtype=out_dtype, device="cpu")
+    by_alpha, by_beta = (_round(torch.tensor(x, dtype=F64, device="cpu"), FLOAT32) for x in (alpha, beta))
+    terms = None if bias is None or by_beta == 0 else bias.expand(shape)
+    for tile in _tiles(shape):
+        batch, rows, columns = tile
+        # A float32 product is exact in float64, and 53 bits are enough (2 * 24 + 2) for rounding a sum twice to be harmless.
+        result = _round(_accumulate(a[batch, rows], b[batch, :, columns], contract) * by_alpha, FLOAT32)
+        if terms is not None:
+            result = _round(result + _round(_decode(terms[tile]) * by_beta, FLOAT32), FLOAT32)
+        _store(result, out[tile])
+    return out
+
+
+def _tiles(shape: tuple[int, int, int]) -> Iterator[tuple[slice, slice, slice]]:
+    batch, m, n = shape
+    if not batch * m * n:
+        return
+    columns = min(n, TILE_COLUMNS)
+    rows = min(m, TILE_OUTPUTS // columns)
+    columns = min(n, TILE_OUTPUTS // rows)
+    matrices = min(batch, TILE_OUTPUTS // (rows * columns))
+    for i in range(0, batch, matrices):
+        for r in range(0, m, rows):
+            for c in range(0, n, columns):
+                yield slice(i, i + matrices), slice(r, r + rows), slice(c, c + columns)
+
+
+def _accumulate(a: Tensor, b: Tensor, contract: GemmContract) -> Tensor:
+    """The float32 accumulators of a tile, as float64: the leaves of K and the tree over adjacent pairs of them."""
+    chain = _chain if contract.split is None else _split_chain
+    leaves = [chain(a[..., lo:hi], b[:, lo:hi], contract) for lo, hi in contract.leaf_bounds(a.shape[-1])]
+    while len(leaves) > 1:
+        leaves = [_round(x + y, FLOAT32) for x, y in zip(leaves[::2], leaves[1::2], strict=True)]
+    return leaves[0]
+
+
+def _chain(a: Tensor, b: Tensor, contract: GemmContract) -> Tensor:
+    """One chain of dot instructions over the whole K, from +0."""
+    fmt = float_format(contract.operand)
+    careful = not _ordinary(a, b, contract)
+    acc = _Accumulators((a.shape[0], a.shape[1], b.shape[2]), contract.dot, careful)
+    for x, y in _slabs(a, b, contract.dot.k):
+        acc.add(
+            _operand(_decode(x, careful=careful).movedim(-1, 0), contract.dot, fmt),
+            _operand(_decode(y, careful=careful).movedim(-2, 0), contract.dot, fmt),
+        )
+    return acc.values()
+
+
+def _split_chain(a: Tensor, b: Tensor, contract: GemmContract) -> Tensor:
+    """float32 operands: chains over the parts, promoted every `promote_k` elements of K."""
+    split = contract.split
+    assert split is not None
+    fmt = float_format(split.part)
+    careful = not _ordinary(a, b, contract)
+    shape = (a.shape[0], a.shape[1], b.shape[2])
+    high, cross = torch.zeros(shape, dtype=F64), torch.zeros(shape, dtype=F64)
+    for x, y in _slabs(a, b, split.promote_k):
+        # Chunks of promote_k are independent until they are promoted: work on a slab's chunks side by side.
+        chunks = x.shape[-1] // split.promote_k
+        x = x.unflatten(-1, (chunks, -1)).movedim(-2, 1).flatten(0, 1)
+        y = y.unflatten(1, (chunks, -1)).flatten(0, 1)
+        left = [_operand(p.movedim(-1, 0), contract.dot, fmt) for p in _parts(x, split.parts, careful=careful)]
+        right = [_operand(p.movedim(-2, 0), contract.dot, fmt) for p in _parts(y, split.parts, careful=careful)]
+        totals = []
+        for total, products in ((high, ((0, 0),)), (cross, split.cross)):
+            acc = _Accumulators((x.shape[0], x.shape[1], y.shape[2]), contract.dot, careful)
+            for i, j in products:
+                acc.add(left[i], right[j])
+            for partial in acc.values().unflatten(0, (-1, chunks)).unbind(1):
+                total = _round(total + partial, FLOAT32)
+            totals.append(total)
+        high, cross = totals
+    return torch.where(high.isfinite(), _round(high + cross, FLOAT32), high)
+
+
+def _slabs(a: Tensor, b: Tensor, multiple: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Consecutive pieces of K, zero-filled to a multiple of `multiple`."""
+    k = a.shape[-1]
+    per_k = a.shape[0] * (a.shape[1] + b.shape[2])
+    step = max(1, SLAB_OPERANDS // (per_k * multiple)) * multiple
+    for lo in range(0, k, step):
+        x, y = a[..., lo : lo + step], b[:, lo : lo + step]
+        if fill := -x.shape[-1] % multiple:
+            x = torch.nn.functional.pad(x, (0, fill))
+            y = torch.nn.functional.pad(y, (0, 0, 0, fill))
+        yield x, y
+
+
+class _Operand(NamedTuple):
+    """A slab of one operand: [steps, k, L, rows] in float64, beside the exponents that the instruction sees, in int16."""
+
+    values: Tensor
+    exponents: Tensor
+
+
+def _operand(values: Tensor, dot: DotArithmetic, fmt: FloatFormat) -> _Operand:
+    values = values.unflatten(0, (-1, dot.k)).contiguous()
+    field = (values.view(I64) >> F64_MANTISSA).bitwise_and_(0x7FF).to(torch.int16)
+    zeros = (field - 1).bitwise_right_shift_(15).bitwise_and_(ZERO_EXPONENT)
+    # A subnormal has the exponent of the smallest normal; infinity and NaN may have any that keeps the scale finite.
+    return _Operand(values, field.sub_(F64_BIAS).clamp_(fmt.min_exponent, 1 << (fmt.exponent_bits - 1)).add_(zeros))
+
+
+class _Accumulators:
+    """float32 accumulators [L, M, N] of the dot instruction, starting at +0 and held as float64.
+
+    `careful` is needed where an accumulator may become subnormal or overflow (see `_ordinary`); the bits are the same.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dot: DotArithmetic, careful: bool) -> None:
+        chains, m, n = shape
+        self.transposed = n < m  # the longer side is the contiguous one
+        shape = (chains, n, m) if self.transposed else shape
+        self.dot, self.careful = dot, careful
+        self.terms = torch.empty((dot.k + 1, *shape), dtype=F64)  # the products, and the accumulator as the last term
+        self.acc = self.terms[-1].zero_()
+        self.sums = torch.empty(shape, dtype=F64)
+        self.exponents = torch.empty((dot.k, *shape), dtype=torch.int16)
+        self.largest = torch.empty(shape, dtype=torch.int16)
+        self.own = torch.empty(shape, dtype=I64)
+        self.scale = torch.empty(shape, dtype=I64)
+
+    def values(self) -> Tensor:
+        """The accumulators, [L, M, N]."""
+        return self.acc.mT if self.transposed else self.acc
+
+    def add(self, a: _Operand, b: _Operand) -> None:
+        """Run one dot instruction for each step of the slab, in order."""
+        if self.transposed:
+            a, b = b, a
+        for x, ex, y, ey in zip(a.values, a.exponents, b.values, b.exponents, strict=True):
+            torch.mul(x.unsqueeze(-1), y.unsqueeze(-2), out=self.terms[:-1])
+            torch.add(ex.unsqueeze(-1), ey.unsqueeze(-2), out=self.exponents)
+            self._instruction()
+
+    def _instruction(self) -> None:
+        # Bits of 2**e, e the largest exponent among the nonzero terms. The accumulator's is its own exponent field.
+        torch.amax(self.exponents, 0, out=self.largest)
+        largest = self.scale.copy_(self.largest.clamp_(min=LEAST_EXPONENT)).add_(F64_BIAS)
+        largest.bitwise_left_shift_(F64_MANTISSA)
+        own = torch.bitwise_and(self.acc.view(I64), F64_EXPONENT, out=self.own)
+        if self.careful:  # a subnormal has the exponent of the smallest normal, a zero has none
+            own.clamp_(min=_power(FLOAT32.min_exponent)).masked_fill_(self.acc == 0, 0)
+        torch.maximum(largest, own, out=largest)
+        # Bits of 2**(fraction_bits - e), which makes the terms fixed-point: inverting the exponent field gives 2**(1 - e).
+        scale = largest.bitwise_xor_(F64_EXPONENT).add_((self.dot.fraction_bits - 1) << F64_MANTISSA).view(F64)
+        self.terms.mul_(scale).trunc_()
+        torch.sum(self.terms, 0, out=self.sums)  # exact: integers below 2**53
+        self.sums.view(I64).bitwise_and_(-1 << (F64_MANTISSA - FLOAT32.mantissa_bits))
+        torch.div(self.sums, scale, out=self.acc)
+        if self.careful:
+            quantum = FLOAT32.mantissa_bits - FLOAT32.min_exponent  # subnormals: truncate at 2**-149
+            beyond = F64_BIAS - (1 - FLOAT32.min_exponent)  # 2**128 times 2**beyond overflows float64
+            self.acc.mul_(2.0**quantum).trunc_().mul_(2.0 ** (beyond - quantum)).mul_(2.0**-beyond).add_(0.0)
+
+
+def _power(exponent: int) -> int:
+    """Bits of the float64 2**exponent."""
+    return (exponent + F64_BIAS) << F64_MANTISSA
+
+
+def _ordinary(a: Tensor, b: Tensor, contract: GemmContract) -> bool:
+    """Whether no operand is subnormal or non-finite and every nonzero sum stays among float32's normal numbers.
+
+    An instruction's nonzero result is no smaller than the last fraction bit of its largest exponent, and no sum exceeds
+    K products, each below 2**(e + 2).
+    """
+    (low_a, high_a), (low_b, high_b) = _exponent_range(a), _exponent_range(b)
+    parts_below = 0 if contract.split is None else FLOAT32.mantissa_bits  # a part's leading bit may be its value's last
+    terms = a.shape[-1] * (1 if contract.split is None else 1 + len(contract.split.cross))
+    normal = min(low_a, low_b) - parts_below >= float_format(contract.operand).min_exponent
+    grid = low_a + low_b - 2 * parts_below - contract.dot.fraction_bits
+    finite = max(high_a, high_b) < 1 << (float_format(contract.operand).exponent_bits - 1)
+    bound = high_a + high_b + 2 + terms.bit_length()
+    return normal and finite and grid >= FLOAT32.min_exponent and bound < 1 - FLOAT32.min_exponent
+
+
+def _exponent_range(x: Tensor) -> tuple[int, int]:
+    """Least and largest exponent of the nonzero elements; (large, small) where there are none."""
+    fmt = _format(x.dtype)
+    low, high = fmt.nan, 0
+    for piece in x.split(max(1, SLAB_OPERANDS // max(1, x.shape[0] * x.shape[1])), dim=-1) if x.numel() else ():
+        magnitude = _bits(piece) & fmt.nan
+        high = max(high, int(magnitude.amax()))
+        low = min(low, int((magnitude - 1).bitwise_and_(fmt.nan).amin()) + 1)
+    bias = 1 - fmt.min_exponent
+    return (low >> fmt.mantissa_bits) - bias, (high >> fmt.mantissa_bits) - bias
+
+
+def _format(dtype: torch.dtype) -> FloatFormat:
+    return float_format(str(dtype).removeprefix("torch."))
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int16 if x.itemsize == 2 else torch.int32)
+
+
+def _decode(x: Tensor, *, careful: bool = True) -> Tensor:
+    """float64 values. `careful`: also of subnormals, which torch's own conversion flushes in flush-denormal mode."""
+    if not careful:
+        return x.to(F64)
+    if x.dtype == torch.bfloat16:
+        x = (_bits(x).to(torch.int32) << 16).view(torch.float32)
+    x = x.to(torch.float32)  # of float16: no float16 is subnormal in float32, and the conversion reads subnormals
+    values = x.to(F64)
+    magnitude = _bits(x) & FLOAT32.nan
+    subnormals = magnitude.to(F64).mul_(2.0 ** (FLOAT32.min_exponent - FLOAT32.mantissa_bits)).copysign_(values)
+    return torch.where(magnitude < 1 << FLOAT32.mantissa_bits, subnormals, values)
+
+
+def _parts(x: Tensor, count: int, *, careful: bool) -> list[Tensor]:
+    """The bfloat16 parts of float32 `x`, each the truncation of what the parts before it leave."""
+    rest, parts = _decode(x, careful=careful), []
+    quantum = BFLOAT16.mantissa_bits - BFLOAT16.min_exponent
+    for _ in range(count):
+        part = rest.view(I64).bitwise_and(-1 << (F64_MANTISSA - BFLOAT16.mantissa_bits)).view(F64)
+        if careful:
+            part = part.mul_(2.0**quantum).trunc_().mul_(2.0**-quantum)
+        parts.append(part)
+        rest = rest - part
+        if careful:
+            rest = torch.where(part.isfinite(), rest, 0.0)
+    return parts
+
+
+def _ulp(x: Tensor, fmt: FloatFormat) -> Tensor:
+    """The distance of `fmt`'s numbers around each float64 element, before rounding."""
+    exponent = x.view(I64).bitwise_and(F64_EXPONENT).clamp_(min=_power(fmt.min_exponent))
+    return exponent.sub_(fmt.mantissa_bits << F64_MANTISSA).view(F64)
+
+
+def _round(x: Tensor, fmt: FloatFormat) -> Tensor:
+    """float64 values rounded to nearest even in `fmt`, as float64."""
+    ulp = _ulp(x, fmt)
+    beyond = F64_BIAS - (1 - fmt.min_exponent)  # what overflows `fmt` overflows float64 when multiplied by 2**beyond
+    return (x / ulp).round_().mul_(ulp).mul_(2.0**beyond).mul_(2.0**-beyond)
+
+
+def _store(x: Tensor, out: Tensor) -> None:
+    """Write float64 values to `out`, rounded once to its format by integers; every NaN as the canonical pattern."""
+    fmt = _format(out.dtype)
+    infinity = ((1 << fmt.exponent_bits) - 1) << fmt.mantissa_bits
+    magnitude = x.abs().clamp_(max=2.0**200)  # beyond every format, and small enough for the integers below
+    ulp = _ulp(magnitude, fmt)
+    significand = (magnitude / ulp).round_().to(I64)  # with the hidden bit, which adds one to the exponent field
+    field = (ulp.view(I64) >> F64_MANTISSA) - (F64_BIAS + fmt.min_exponent - fmt.mantissa_bits)
+    bits = (significand + (field << fmt.mantissa_bits)).clamp_(max=infinity)
+    bits |= (x.view(I64) >> 63) << (fmt.bits - 1)
+    _bits(out).copy_(torch.where(x.isnan(), fmt.nan, bits))
