@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -83,6 +84,11 @@ def rotated_weights(n: int, k: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.empty(n, k, device="cuda", dtype=dtype).normal_(std=k**-0.5) for _ in range(count)]
 
 
+def jax_linear(x: torch.Tensor, weights: list[jax.Array]) -> Program:
+    """The program of JAX's column, compiled."""
+    return jax_program(bi_jax.linear, to_jax(x), weights)
+
+
 def measure(args: argparse.Namespace, console: Console) -> list[Measurement]:
     """Every column for every shape and every M."""
     dtype = DTYPES[args.dtype]
@@ -99,7 +105,7 @@ def measure(args: argparse.Namespace, console: Console) -> list[Measurement]:
             jax_programs: list[Program | None] = [None] * len(inputs)
             if JAX in args.columns:
                 shared = [to_jax(weight) for weight in weights]
-                jax_programs = list(pool.map(lambda x, w=shared: jax_program(bi_jax.linear, to_jax(x), w), inputs))  # type: ignore[misc]
+                jax_programs = list(pool.map(partial(jax_linear, weights=shared), inputs))
             progress.update(task, description=f"{label}: measuring")
             for x, in_jax in zip(inputs, jax_programs, strict=True):
                 programs = {name: torch_program(call, x, weights) for name, call in contenders.items()}
@@ -132,7 +138,8 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("--m", nargs="+", type=int, default=list(ROWS), metavar="M", help="rows in the batch")
-    parser.add_argument("--columns", nargs="+", default=[*torch_columns(), JAX], metavar="COLUMN", help=f"beside {BASELINE}")
+    columns = [name for name in (*torch_columns(), JAX) if name != BASELINE]
+    parser.add_argument("--columns", nargs="+", choices=columns, default=columns, metavar="COLUMN", help=", ".join(columns))
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="threads that compile JAX programs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the ratios against M")

@@ -107,7 +107,7 @@ def to_torch(array: jax.Array, *, copy: bool = False) -> torch.Tensor:
         raise RuntimeError("to_torch: the array's memory is gone: it was deleted, or donated to a jitted function")
     if len(array.sharding.device_set) != 1:
         raise ValueError(f"to_torch: array is sharded over {len(array.sharding.device_set)} devices, a tensor has one")
-    (device,) = array.sharding.device_set
+    device: jax.Device = next(iter(array.sharding.device_set))
     if device.platform == "gpu" and not torch.cuda.is_available():
         raise RuntimeError(f"to_torch: array is on {device}, but PyTorch sees no CUDA device")
     if device.platform not in ("cpu", "gpu"):

@@ -1,0 +1,65 @@
+"""The parts of the benchmarks that need no GPU: the shapes, the arithmetic of the report, the timing."""
+
+import json
+import time
+
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from benchmarks.report import Measurement, measurement_table, summarise, summary_table, write_json, write_plot
+from benchmarks.shapes import MODELS, ROWS
+from benchmarks.timing import Program, jax_program, microseconds
+
+MEASUREMENTS = [
+    Measurement("a", 1, 64, 32, {"cuBLAS": 10.0, "ours": 5.0}),
+    Measurement("b", 64, 64, 32, {"cuBLAS": 10.0, "ours": 20.0}),
+    Measurement("c", 65, 64, 32, {"cuBLAS": 10.0, "ours": 10.0}),
+    Measurement("d", 8192, 64, 32, {"cuBLAS": 30.0, "ours": 20.0}),
+]
+
+
+def test_models_name_every_projection() -> None:
+    for projections in MODELS.values():
+        by_name = {p.name: p for p in projections}
+        hidden = by_name["o"].n
+        assert set(by_name) == {"qkv", "o", "gate_up", "down", "lm_head"}
+        assert by_name["qkv"].k == by_name["gate_up"].k == by_name["lm_head"].k == by_name["down"].n == hidden
+        assert by_name["gate_up"].n == 2 * by_name["down"].k
+    assert ROWS == (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
+
+
+def test_summary_by_batch_size() -> None:
+    small, medium, large = summarise(MEASUREMENTS, "cuBLAS")
+    assert (small.group, small.shapes, small.worst, small.worst_shape) == ("M <= 64", 2, 0.5, "b M=64 N=64 K=32")
+    assert small.geometric_mean == pytest.approx(1.0)
+    assert (medium.group, medium.worst) == ("64 < M < 512", 1.0)
+    assert (large.group, large.worst) == ("M >= 512", 1.5)
+
+
+def test_reports(tmp_path) -> None:
+    console = Console(record=True, width=160)
+    console.print(
+        measurement_table("shape", MEASUREMENTS, "cuBLAS"), summary_table(summarise(MEASUREMENTS, "cuBLAS"), "cuBLAS")
+    )
+    assert "2.00" in console.export_text()
+    write_json(tmp_path / "out.json", {"gpu": "none"}, MEASUREMENTS, {"host_us": {}})
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert data["measurements"][0] == {"label": "a", "m": 1, "n": 64, "k": 32, "microseconds": {"cuBLAS": 10.0, "ours": 5.0}}
+    write_plot(tmp_path / "out.png", "title", MEASUREMENTS, "cuBLAS")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_per_call() -> None:
+    sleeps = {name: Program(4, lambda s=s: time.sleep(4 * s), lambda _: None) for name, s in (("one", 0.001), ("two", 0.002))}
+    measured = microseconds(sleeps, repeats=3)
+    assert 1000 <= measured["one"] < measured["two"]
+
+
+def test_a_jax_program_makes_every_call() -> None:
+    weights = [jnp.full((3, 2), float(i)) for i in range(4)]
+    program = jax_program(lambda x, w: x @ w.T, jnp.ones((5, 2)), weights)
+    outputs = program.enqueue()
+    program.wait(outputs)
+    assert program.calls == 4
+    assert [float(out[0, 0]) for out in outputs] == [0, 2, 4, 6]
