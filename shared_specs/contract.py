@@ -62,13 +62,23 @@ HOPPER_DOT = DotArithmetic(name="sm_90-wgmma", k=16, fraction_bits=25)
 
 @dataclass(frozen=True)
 class Float32Split:
-    """How a float32 operand becomes a sum of narrower parts, and which part-products are kept.
+    """How a float32 operand becomes a sum of narrower parts, and how their products are summed.
 
-    Part 0 is the float32 truncated to `part`, part 1 the remainder truncated, part 2 what is left: 8 + 8 + 8 bits.
-    A non-finite operand is part 0, with the other parts zero. The products listed in `cross` form one chain of dot
-    instructions per `promote_k` elements of K, the product part 0 * part 0 forms another; each chain starts at +0 and
-    is then added, rounded to nearest, to a float32 accumulator of its own: tensor cores truncate, and on all-positive
-    data a long chain would drift. The result is high + cross, or high alone where high is not finite.
+    Part 0 is the float32 truncated to `part`; part 1 is the remainder rounded to nearest even, part 2 what is left: exact
+    for 0 and |x| >= 2^-110, below that what lies under 2^-133 is rounded off. A non-finite operand is part 0 (a NaN the
+    canonical one), its other parts are zero. Truncation cannot overflow; the rounding of part 1 makes the dropped
+    products part 1 * part 2 as often negative as positive, so that all-positive data does not drift.
+
+    For every `promote_k` elements of K, in ascending order, two chains of dot instructions start at +0: the product
+    part 0 * part 0, and the products listed in `cross`, one after the other. Tensor cores truncate, so the chains are
+    short, and what they give is added in float32, rounded to nearest (Dekker's fast two-sum; both sums start at +0):
+
+        total = high + high_chain
+        error = high_chain - (total - high)
+        cross = cross + (cross_chain + error)
+        high = total
+
+    The accumulator is high + cross, or high alone where high is not finite.
 
     Attributes:
         part: format of a part.
@@ -80,7 +90,7 @@ class Float32Split:
     part: str = "bfloat16"
     parts: int = 3
     cross: tuple[tuple[int, int], ...] = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1))
-    promote_k: int = 64
+    promote_k: int = 32
 
     def __post_init__(self) -> None:
         float_format(self.part)

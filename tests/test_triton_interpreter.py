@@ -69,7 +69,7 @@ def tma_storage(m, k, n):
 
 POINTER = GemmSchedule(block_m=16, block_n=16, block_k=32, warps=4, stages=2, loads="pointer")
 TMA = GemmSchedule(block_m=16, block_n=32, block_k=16, warps=4, stages=2, group_m=2)
-SPLIT = replace(POINTER, block_k=64)
+SPLIT = replace(POINTER, block_k=gemm_contract("float32").chain_k)
 
 
 @pytest.mark.parametrize("kind", KINDS)

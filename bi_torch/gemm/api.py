@@ -17,10 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bi_torch.gemm.library import DTYPE_NAMES, output_shape
-
-_gemm = torch.ops.bi_torch.gemm.default
-_gemm_out = torch.ops.bi_torch.gemm.out
+from bi_torch.gemm.library import DTYPE_NAMES, gemm, gemm_out, output_shape
 
 
 def mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -130,9 +127,9 @@ def _run(
     if bias is not None:
         _check_bias(op, bias, a, b)
     if out is None:
-        return _gemm(a, b, bias, alpha, beta, out_dtype)
+        return gemm(a, b, bias, alpha, beta, out_dtype)
     _check_out(op, out, out_dtype, a, b, bias)
-    return _gemm_out(a, b, bias, alpha, beta, out_dtype, out=out)
+    return gemm_out(a, b, bias, alpha, beta, out_dtype, out=out)
 
 
 def _check_bias(op: str, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

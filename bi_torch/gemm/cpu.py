@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shared_specs.contract import DotArithmetic, GemmContract
+from shared_specs.contract import DotArithmetic, Float32Split, GemmContract
 from shared_specs.formats import BFLOAT16, FLOAT32, FloatFormat, float_format
 
 F64, I64 = torch.float64, torch.int64
@@ -38,7 +38,7 @@ def gemm(
     contract: GemmContract,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """alpha * (a @ b) + beta * bias under `contract`.
+    """`alpha * (a @ b) + beta * bias` under `contract`.
 
     Args:
         a: [B, M, K] of the contract's operand dtype, any strides.
@@ -61,7 +61,7 @@ def gemm(
         # A float32 product is exact in float64, and 53 bits are enough (2 * 24 + 2) for rounding a sum twice to be harmless.
         result = _round(_accumulate(a[batch, rows], b[batch, :, columns], contract) * by_alpha, FLOAT32)
         if terms is not None:
-            result = _round(result + _round(_decode(terms[tile]) * by_beta, FLOAT32), FLOAT32)
+            result = _round(result + _round(_decode(terms[tile], careful=True) * by_beta, FLOAT32), FLOAT32)
         _store(result, out[tile])
     return out
 
@@ -91,41 +91,37 @@ def _accumulate(a: Tensor, b: Tensor, contract: GemmContract) -> Tensor:
 
 def _chain(a: Tensor, b: Tensor, contract: GemmContract) -> Tensor:
     """One chain of dot instructions over the whole K, from +0."""
-    fmt = float_format(contract.operand)
     careful = not _ordinary(a, b, contract)
     acc = _Accumulators((a.shape[0], a.shape[1], b.shape[2]), contract.dot, careful)
     for x, y in _slabs(a, b, contract.dot.k):
-        acc.add(
-            _operand(_decode(x, careful=careful).movedim(-1, 0), contract.dot, fmt),
-            _operand(_decode(y, careful=careful).movedim(-2, 0), contract.dot, fmt),
-        )
+        acc.add(_operand(x.movedim(-1, 0), contract.dot, careful), _operand(y.movedim(1, 0), contract.dot, careful))
     return acc.values()
 
 
 def _split_chain(a: Tensor, b: Tensor, contract: GemmContract) -> Tensor:
     """float32 operands: chains over the parts, promoted every `promote_k` elements of K."""
-    split = contract.split
-    assert split is not None
-    fmt = float_format(split.part)
+    rule = contract.split
+    assert rule is not None
     careful = not _ordinary(a, b, contract)
     shape = (a.shape[0], a.shape[1], b.shape[2])
     high, cross = torch.zeros(shape, dtype=F64), torch.zeros(shape, dtype=F64)
-    for x, y in _slabs(a, b, split.promote_k):
+    for x, y in _slabs(a, b, rule.promote_k):
         # Chunks of promote_k are independent until they are promoted: work on a slab's chunks side by side.
-        chunks = x.shape[-1] // split.promote_k
+        chunks = x.shape[-1] // rule.promote_k
         x = x.unflatten(-1, (chunks, -1)).movedim(-2, 1).flatten(0, 1)
         y = y.unflatten(1, (chunks, -1)).flatten(0, 1)
-        left = [_operand(p.movedim(-1, 0), contract.dot, fmt) for p in _parts(x, split.parts, careful=careful)]
-        right = [_operand(p.movedim(-2, 0), contract.dot, fmt) for p in _parts(y, split.parts, careful=careful)]
-        totals = []
-        for total, products in ((high, ((0, 0),)), (cross, split.cross)):
+        left = [_operand(part.movedim(-1, 0), contract.dot, careful) for part in _parts(x, rule, careful)]
+        right = [_operand(part.movedim(1, 0), contract.dot, careful) for part in _parts(y, rule, careful)]
+
+        def promoted(total: Tensor, products: tuple[tuple[int, int], ...]) -> Tensor:
             acc = _Accumulators((x.shape[0], x.shape[1], y.shape[2]), contract.dot, careful)
             for i, j in products:
                 acc.add(left[i], right[j])
             for partial in acc.values().unflatten(0, (-1, chunks)).unbind(1):
                 total = _round(total + partial, FLOAT32)
-            totals.append(total)
-        high, cross = totals
+            return total
+
+        high, cross = promoted(high, ((0, 0),)), promoted(cross, rule.cross)
     return torch.where(high.isfinite(), _round(high + cross, FLOAT32), high)
 
 
@@ -149,12 +145,14 @@ class _Operand(NamedTuple):
     exponents: Tensor
 
 
-def _operand(values: Tensor, dot: DotArithmetic, fmt: FloatFormat) -> _Operand:
-    values = values.unflatten(0, (-1, dot.k)).contiguous()
-    field = (values.view(I64) >> F64_MANTISSA).bitwise_and_(0x7FF).to(torch.int16)
-    zeros = (field - 1).bitwise_right_shift_(15).bitwise_and_(ZERO_EXPONENT)
-    # A subnormal has the exponent of the smallest normal; infinity and NaN may have any that keeps the scale finite.
-    return _Operand(values, field.sub_(F64_BIAS).clamp_(fmt.min_exponent, 1 << (fmt.exponent_bits - 1)).add_(zeros))
+def _operand(x: Tensor, dot: DotArithmetic, careful: bool) -> _Operand:
+    """The slab `x` [K, L, rows] of a 16-bit format. A subnormal has the exponent of the smallest normal."""
+    fmt = _format(x.dtype)
+    x = x.unflatten(0, (-1, dot.k)).contiguous()
+    magnitude = _bits(x) & fmt.nan
+    zeros = magnitude.clamp(max=1).sub_(1).bitwise_and_(ZERO_EXPONENT)
+    exponents = magnitude.bitwise_right_shift_(fmt.mantissa_bits).clamp_(min=1).add_(fmt.min_exponent - 1).add_(zeros)
+    return _Operand(_decode(x, careful), exponents)
 
 
 class _Accumulators:
@@ -235,10 +233,10 @@ def _exponent_range(x: Tensor) -> tuple[int, int]:
     """Least and largest exponent of the nonzero elements; (large, small) where there are none."""
     fmt = _format(x.dtype)
     low, high = fmt.nan, 0
-    for piece in x.split(max(1, SLAB_OPERANDS // max(1, x.shape[0] * x.shape[1])), dim=-1) if x.numel() else ():
+    for piece in x.split(max(1, SLAB_OPERANDS // max(1, x.shape[0] * x.shape[2])), dim=1) if x.numel() else ():
         magnitude = _bits(piece) & fmt.nan
         high = max(high, int(magnitude.amax()))
-        low = min(low, int((magnitude - 1).bitwise_and_(fmt.nan).amin()) + 1)
+        low = min(low, int(magnitude.sub_(1).bitwise_and_(fmt.nan).amin()) + 1)  # zeros wrap to the largest
     bias = 1 - fmt.min_exponent
     return (low >> fmt.mantissa_bits) - bias, (high >> fmt.mantissa_bits) - bias
 
@@ -251,31 +249,33 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int16 if x.itemsize == 2 else torch.int32)
 
 
-def _decode(x: Tensor, *, careful: bool = True) -> Tensor:
+def _decode(x: Tensor, careful: bool) -> Tensor:
     """float64 values. `careful`: also of subnormals, which torch's own conversion flushes in flush-denormal mode."""
     if not careful:
         return x.to(F64)
     if x.dtype == torch.bfloat16:
         x = (_bits(x).to(torch.int32) << 16).view(torch.float32)
-    x = x.to(torch.float32)  # of float16: no float16 is subnormal in float32, and the conversion reads subnormals
+    x = x.to(torch.float32)  # a float16 subnormal is a normal float32
     values = x.to(F64)
     magnitude = _bits(x) & FLOAT32.nan
     subnormals = magnitude.to(F64).mul_(2.0 ** (FLOAT32.min_exponent - FLOAT32.mantissa_bits)).copysign_(values)
     return torch.where(magnitude < 1 << FLOAT32.mantissa_bits, subnormals, values)
 
 
-def _parts(x: Tensor, count: int, *, careful: bool) -> list[Tensor]:
+def _parts(x: Tensor, rule: Float32Split, careful: bool) -> list[Tensor]:
     """The bfloat16 parts of float32 `x`, each the truncation of what the parts before it leave."""
-    rest, parts = _decode(x, careful=careful), []
-    quantum = BFLOAT16.mantissa_bits - BFLOAT16.min_exponent
-    for _ in range(count):
+    if rule.part != BFLOAT16.name:
+        raise NotImplementedError(f"parts of format {rule.part}")
+    rest, parts = _decode(x, careful), []
+    for _ in range(rule.parts):
         part = rest.view(I64).bitwise_and(-1 << (F64_MANTISSA - BFLOAT16.mantissa_bits)).view(F64)
-        if careful:
-            part = part.mul_(2.0**quantum).trunc_().mul_(2.0**-quantum)
-        parts.append(part)
-        rest = rest - part
-        if careful:
-            rest = torch.where(part.isfinite(), rest, 0.0)
+        if careful:  # subnormals: truncate at 2**-133; an infinity or NaN leaves nothing
+            part = part.mul_(2.0**BFLOAT16_QUANTUM).trunc_().mul_(2.0**-BFLOAT16_QUANTUM)
+            rest = torch.where(part.isfinite(), rest - part, 0.0)
+            parts.append(_store(part, torch.empty(x.shape, dtype=torch.bfloat16)))
+        else:
+            rest = rest - part
+            parts.append(part.to(torch.bfloat16))
     return parts
 
 
@@ -292,7 +292,7 @@ def _round(x: Tensor, fmt: FloatFormat) -> Tensor:
     return (x / ulp).round_().mul_(ulp).mul_(2.0**beyond).mul_(2.0**-beyond)
 
 
-def _store(x: Tensor, out: Tensor) -> None:
+def _store(x: Tensor, out: Tensor) -> Tensor:
     """Write float64 values to `out`, rounded once to its format by integers; every NaN as the canonical pattern."""
     fmt = _format(out.dtype)
     infinity = ((1 << fmt.exponent_bits) - 1) << fmt.mantissa_bits
@@ -303,3 +303,4 @@ def _store(x: Tensor, out: Tensor) -> None:
     bits = (significand + (field << fmt.mantissa_bits)).clamp_(max=infinity)
     bits |= (x.view(I64) >> 63) << (fmt.bits - 1)
     _bits(out).copy_(torch.where(x.isnan(), fmt.nan, bits))
+    return out

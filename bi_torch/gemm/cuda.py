@@ -35,48 +35,54 @@ def gemm(
     """out = alpha * (a @ b) + beta * bias, on the current stream.
 
     Args:
-        a: [B, M, K], any strides.
-        b: [B, K, N], any strides.
-        bias: [B, M, N] (expanded views included) or None.
-        out: [B, M, N], any strides without overlap.
+        a: [M, K] or [B, M, K], any strides.
+        b: [K, N] or [B, K, N], any strides.
+        bias: broadcastable to out, or None.
+        out: [M, N] or [B, M, N], any strides without overlap.
         alpha, beta: rounded to float32 once.
         contract: fixes the bits.
         schedule: overrides the table's.
     """
+    device = out.device.index
     key = (
-        a.device.index, a.dtype, out.dtype, a.shape, a.stride(), b.shape, b.stride(), out.stride(),
-        _aligned(a), _aligned(b), _aligned(out), bias is not None and (bias.dtype, bias.stride(), _aligned(bias)),
-        alpha != 1.0, contract, schedule,
+        device, a.dtype, out.dtype, a.shape, a.stride(), b.shape, b.stride(), out.stride(),
+        _aligned(a), _aligned(b), _aligned(out), alpha == 1.0, contract, schedule,
+        None if bias is None else (bias.dtype, bias.shape, bias.stride(), _aligned(bias)),
     )  # fmt: skip
     plan = _PLANS.get(key)
     if plan is None:
+        if len(_PLANS) >= _MAX_PLANS:
+            _PLANS.clear()
         plan = _PLANS[key] = _plan(a, b, bias, out, alpha != 1.0, contract, schedule)
-    if a.device.index == torch.cuda.current_device():
-        plan.launch(a, b, bias, out, alpha, beta)
+    if device == torch.cuda.current_device():
+        plan.launch(device, plan.arguments(a, b, bias, out, alpha, beta))
     else:
-        with torch.cuda.device(a.device):
-            plan.launch(a, b, bias, out, alpha, beta)
+        with torch.cuda.device(device):
+            plan.launch(device, plan.arguments(a, b, bias, out, alpha, beta))
 
 
 @dataclass
 class _Plan:
-    """A kernel with everything but its tensors and scalars; `runner` is the compiled kernel once it has run."""
+    """A kernel with everything but its tensors and scalars; `compiled` is filled in by the first launch."""
 
     kernel: Any
     grid: tuple[int, int, int]
     arguments: Callable[..., tuple[Any, ...]]
     options: dict[str, Any]
-    runner: Callable[..., None] | None = None
+    compiled: Any = None
 
-    def launch(self, *tensors_and_scalars: Any) -> None:
-        arguments = self.arguments(*tensors_and_scalars)
-        if self.runner is None:
-            self.runner = self.kernel[self.grid](*arguments, **self.options)[self.grid]
+    def launch(self, device: int, arguments: tuple[Any, ...]) -> None:
+        """Run on the current stream of the current device, which must be `device`."""
+        compiled = self.compiled
+        if compiled is None or triton.knobs.runtime.launch_enter_hook is not None:
+            self.compiled = self.kernel[self.grid](*arguments, **self.options)
         else:
-            self.runner(*arguments)
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
 _PLANS: dict[tuple[Any, ...], _Plan] = {}
+_MAX_PLANS = 1 << 14
 
 
 def _plan(
@@ -90,6 +96,8 @@ def _plan(
 ) -> _Plan:
     if contract.k_leaves != 1:
         raise NotImplementedError(f"bi_torch.gemm on CUDA: k_leaves = {contract.k_leaves}; the kernels implement 1")
+    bias = None if bias is None else _batched(bias.expand(out.shape))
+    a, b, out = _batched(a), _batched(b), _batched(out)
     batch, m, k = a.shape
     n = b.shape[2]
     if max(m, n, k) > _MAX_EXTENT:
@@ -97,19 +105,23 @@ def _plan(
     tma = batch == 1 and k > 0 and contract.split is None and _tma_major(a) is not None and _tma_major(b) is not None
     if schedule is None:
         op = "mm" if tma or contract.split is not None else "mm_strided"
-        schedule = gemm_schedule("triton", contract.operand, m, n, k, _architecture(a.device.index), op)
+        schedule = gemm_schedule("triton", contract.operand, m, n, k, _architecture(out.device.index), op)
     schedule.check(contract)
     options = {"num_warps": schedule.warps, "num_stages": schedule.stages, "enable_fp_fusion": False}
     tiles = triton.cdiv(m, schedule.block_m) * triton.cdiv(n, schedule.block_n)
     if schedule.loads == "tma":
         if not tma:
             raise ValueError("bi_torch.gemm on CUDA: a schedule with loads='tma' needs one batch entry and 16-byte aligned rows")
-        programs = min(tiles, _multiprocessors(a.device.index)) if schedule.persistent else tiles
-        arguments = _tma_arguments(a, b, bias, out, scale, schedule)
-        return _Plan(triton_kernels.gemm_tma, (programs, 1, 1), arguments, options)
+        programs = min(tiles, _multiprocessors(out.device.index)) if schedule.persistent else tiles
+        return _Plan(triton_kernels.gemm_tma, (programs, 1, 1), _tma_arguments(a, b, bias, out, scale, schedule), options)
+    if contract.split is not None and schedule.block_k != contract.split.promote_k:
+        raise ValueError(f"bi_torch.gemm on CUDA: float32 needs block_k = {contract.split.promote_k}, got {schedule.block_k}")
     kernel = triton_kernels.gemm_pointer if contract.split is None else triton_kernels.gemm_split
-    arguments = _pointer_arguments(a, b, bias, out, scale, schedule, contract)
-    return _Plan(kernel, (tiles * batch, 1, 1), arguments, options)
+    return _Plan(kernel, (tiles * batch, 1, 1), _pointer_arguments(a, b, bias, out, scale, schedule, contract), options)
+
+
+def _batched(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 3 else x.unsqueeze(0)
 
 
 def _tma_arguments(
@@ -120,9 +132,9 @@ def _tma_arguments(
     a_is_km, b_is_nk = _tma_major(a) == 1, _tma_major(b) == 1
     store_tma = _tma_major(out) == 2
     block_m, block_n, block_k = schedule.block_m, schedule.block_n, schedule.block_k
-    a_map = _tensor_map(a, a_is_km, block_m, block_k)
-    b_map = _tensor_map(b, not b_is_nk, block_n, block_k, rows_first=False)
-    out_map = ([m, n], [_pitch(out, 1, 2), 1], [block_m, block_n // schedule.store_split])
+    a_map = _tensor_map(a, (2, 1) if a_is_km else (1, 2), (block_k, block_m) if a_is_km else (block_m, block_k))
+    b_map = _tensor_map(b, (2, 1) if b_is_nk else (1, 2), (block_n, block_k) if b_is_nk else (block_k, block_n))
+    out_map = _tensor_map(out, (1, 2), (block_m, block_n // schedule.store_split)) if store_tma else None
     out_strides = (out.stride(1), out.stride(2))
     bias_strides = (bias.stride(1), bias.stride(2)) if bias is not None else (0, 0)
     constants = (
@@ -131,20 +143,34 @@ def _tma_arguments(
     )  # fmt: skip
 
     def arguments(a: Any, b: Any, bias: Any, out: Any, alpha: float, beta: float) -> tuple[Any, ...]:
-        out_desc = TensorDescriptor(out, *out_map) if store_tma else None
         return (
-            TensorDescriptor(a, *a_map), TensorDescriptor(b, *b_map), out_desc, None if store_tma else out, bias,
+            a_map.of(a), b_map.of(b), None if out_map is None else out_map.of(out), out if out_map is None else None, bias,
             alpha, beta, m, n, k, *out_strides, *bias_strides, *constants,
         )  # fmt: skip
 
     return arguments
 
 
-def _tensor_map(x: torch.Tensor, k_first: bool, block: int, block_k: int, rows_first: bool = True) -> tuple[list[int], list[int], list[int]]:
-    """(shape, strides, block) of an operand as it is stored: [K, extent] if `k_first`, else [extent, K]."""
-    extent_dim, k_dim = (1, 2) if rows_first else (2, 1)
-    dims, tile = ((k_dim, extent_dim), [block_k, block]) if k_first else ((extent_dim, k_dim), [block, block_k])
-    return [x.shape[d] for d in dims], [_pitch(x, *dims), 1], tile
+@dataclass
+class _TensorMap:
+    """All of a tensor map but its address."""
+
+    fields: dict[str, Any]
+
+    def of(self, base: torch.Tensor) -> TensorDescriptor:
+        """The descriptor of a tensor; the fields were validated once, with the plan."""
+        descriptor = TensorDescriptor.__new__(TensorDescriptor)
+        descriptor.__dict__.update(self.fields, base=base)
+        return descriptor
+
+
+def _tensor_map(x: torch.Tensor, dims: tuple[int, int], block: tuple[int, int]) -> _TensorMap:
+    """The map of matrix x [1, rows, cols] as it is stored: dims[1] is contiguous, blocks are [dims[0], dims[1]]."""
+    rows, contiguous = dims
+    descriptor = TensorDescriptor(x[0], [x.shape[rows], x.shape[contiguous]], [_pitch(x, rows, contiguous), 1], list(block))
+    fields = vars(descriptor).copy()
+    del fields["base"]
+    return _TensorMap(fields)
 
 
 def _pointer_arguments(

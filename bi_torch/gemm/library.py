@@ -4,6 +4,7 @@ Every public function of `bi_torch.gemm.api` is this one op on views of its argu
 Inductor calls it and cannot replace it by a matmul of its own.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,53 +18,85 @@ _LIBRARY = torch.library.Library("bi_torch", "DEF")
 _LIBRARY.define(f"gemm{_SCHEMA} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(f"gemm.out{_SCHEMA[:-1]}, *, Tensor(a!) out) -> Tensor(a!)", tags=(torch.Tag.pt2_compliant_tag,))
 
+_op = torch.ops.bi_torch.gemm.default
+gemm_out = torch.ops.bi_torch.gemm.out
+
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 """Operand dtypes, by the names that contracts use."""
 
 
 def output_shape(a: torch.Tensor, b: torch.Tensor) -> torch.Size:
     """[*, M, N] of a [*, M, K] @ b [*, K, N] with broadcast batch dimensions."""
+    if a.dim() == b.dim() == 2:
+        return torch.Size((a.shape[0], b.shape[1]))
     return torch.Size((*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]))
 
 
-def _forward(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype) -> torch.Tensor:
-    out = torch.empty(output_shape(a, b), dtype=out_dtype, device=a.device)
-    return _forward_out(a, b, bias, alpha, beta, out_dtype, out=out)
+def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype) -> torch.Tensor:
+    """alpha * (a @ b) + beta * bias through the dispatcher; arguments are checked by the caller.
+
+    Without a gradient to record, the autograd key is skipped: its kernel would do the same at twice the call overhead.
+    """
+    if torch.is_grad_enabled() and _requires_grad(a, b, bias):
+        return _op(a, b, bias, alpha, beta, out_dtype)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(a, b, bias, alpha, beta, out_dtype)
 
 
-def _forward_out(
+def _requires_grad(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    return a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def _cuda(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype) -> torch.Tensor:
+    return _cuda_out(a, b, bias, alpha, beta, out_dtype, out=a.new_empty(output_shape(a, b), dtype=out_dtype))
+
+
+def _cuda_out(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype, *, out: torch.Tensor
 ) -> torch.Tensor:
-    if out.numel():
-        if bias is not None and beta == 0:
-            bias = None
-        _collapse(a, b, bias, alpha, beta, out)
+    bias = None if beta == 0 else bias
+    for x, y, z, target in _matrices(a, b, bias, out):
+        cuda.gemm(x, y, z, target, alpha=alpha, beta=beta, contract=gemm_contract(DTYPE_NAMES[a.dtype]))
     return out
 
 
-def _collapse(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out: torch.Tensor) -> None:
-    """Run the product as one [B, M, K] @ [B, K, N], folding the batch into M or B where views can; else slice by slice."""
-    if bias is not None:
-        bias = bias.expand(out.shape)
+def _cpu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype) -> torch.Tensor:
+    return _cpu_out(a, b, bias, alpha, beta, out_dtype, out=a.new_empty(output_shape(a, b), dtype=out_dtype))
+
+
+def _cpu_out(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype, *, out: torch.Tensor
+) -> torch.Tensor:
+    bias = None if beta == 0 else bias
+    for x, y, z, target in _matrices(a, b, bias, out):
+        x, y, batched = (t if t.dim() == 3 else t.unsqueeze(0) for t in (x, y, target))
+        contract = gemm_contract(DTYPE_NAMES[a.dtype])
+        batched.copy_(cpu.gemm(x, y, z, alpha=alpha, beta=beta, contract=contract, out_dtype=out_dtype))
+    return out
+
+
+_Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+
+
+def _matrices(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> Iterator[_Product]:
+    """The product as products of at most three dimensions, on views: the batch folded into M, kept, or walked over."""
+    if out.numel() == 0:
+        return
     if out.dim() == 2:
-        a, b, out = a.unsqueeze(0), b.unsqueeze(0), out.unsqueeze(0)
-        bias = None if bias is None else bias.unsqueeze(0)
-    elif b.dim() == 2 and all(x is None or _foldable(x) for x in (a, bias, out)):
+        yield a, b, bias, out
+        return
+    bias = None if bias is None else bias.expand(out.shape)
+    if b.dim() == 2 and _foldable(a) and _foldable(out) and (bias is None or _foldable(bias)):
         rows = out.shape[:-1].numel()
-        a, b, out = a.view(1, rows, a.shape[-1]), b.unsqueeze(0), out.view(1, rows, out.shape[-1])
-        bias = None if bias is None else bias.view(1, rows, bias.shape[-1])
-    else:
-        a = a.expand(*out.shape[:-2], *a.shape[-2:])
-        b = b.expand(*out.shape[:-2], *b.shape[-2:])
-        if out.dim() > 3:
-            for i in range(out.shape[0]):
-                _collapse(a[i], b[i], None if bias is None else bias[i], alpha, beta, out[i])
-            return
-    contract = gemm_contract(DTYPE_NAMES[a.dtype])
-    if out.is_cuda:
-        cuda.gemm(a, b, bias, out, alpha=alpha, beta=beta, contract=contract)
-    else:
-        out.copy_(cpu.gemm(a, b, bias, alpha=alpha, beta=beta, contract=contract, out_dtype=out.dtype))
+        yield a.view(rows, a.shape[-1]), b, None if bias is None else bias.view(rows, bias.shape[-1]), out.view(rows, out.shape[-1])
+        return
+    a = a.expand(*out.shape[:-2], *a.shape[-2:])
+    b = b.expand(*out.shape[:-2], *b.shape[-2:])
+    if out.dim() == 3:
+        yield a, b, bias, out
+        return
+    for i in range(out.shape[0]):
+        yield from _matrices(a[i], b[i], None if bias is None else bias[i], out[i])
 
 
 def _foldable(x: torch.Tensor) -> bool:
@@ -91,7 +124,7 @@ class _Gemm(torch.autograd.Function):
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.alpha, ctx.beta = alpha, beta
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.bi_torch.gemm.default(a, b, bias, alpha, beta, out_dtype)
+            return _op(a, b, bias, alpha, beta, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -123,7 +156,7 @@ def _reduced_gemm(x: torch.Tensor, y: torch.Tensor, shape: torch.Size, alpha: fl
         kept_shape = [batch[i] for i in kept]
         x = x.permute(*kept, rows, *summed, cols).reshape(*kept_shape, x.shape[-2], -1)
         y = y.permute(*kept, *summed, rows, cols).reshape(*kept_shape, -1, y.shape[-1])
-    return torch.ops.bi_torch.gemm(x, y, None, alpha, 1.0, x.dtype).reshape(shape)
+    return gemm(x, y, None, alpha, 1.0, x.dtype).reshape(shape)
 
 
 def _reduced_sum(g: torch.Tensor, shape: torch.Size, beta: float, dtype: torch.dtype) -> torch.Tensor:
@@ -134,30 +167,27 @@ def _reduced_sum(g: torch.Tensor, shape: torch.Size, beta: float, dtype: torch.d
     columns = torch.Size([g.shape[i] for i in kept]).numel()
     g = g.permute(*summed, *kept).reshape(-1, columns)
     ones = torch.ones((1, g.shape[0]), dtype=g.dtype, device=g.device)
-    return torch.ops.bi_torch.gemm(ones, g, None, beta, 1.0, dtype).reshape(shape)
+    return gemm(ones, g, None, beta, 1.0, dtype).reshape(shape)
 
 
 def _autograd(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype) -> torch.Tensor:
-    tracked = a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
-    if tracked and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and _requires_grad(a, b, bias):
         return _Gemm.apply(a, b, bias, alpha, beta, out_dtype)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.bi_torch.gemm.default(a, b, bias, alpha, beta, out_dtype)
+    return gemm(a, b, bias, alpha, beta, out_dtype)
 
 
 def _autograd_out(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype, *, out: torch.Tensor
 ) -> torch.Tensor:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (a, b, bias, out)):
+    if torch.is_grad_enabled() and (out.requires_grad or _requires_grad(a, b, bias)):
         raise RuntimeError("bi_torch.gemm: functions with out=... arguments don't support automatic differentiation")
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.bi_torch.gemm.out(a, b, bias, alpha, beta, out_dtype, out=out)
+        return gemm_out(a, b, bias, alpha, beta, out_dtype, out=out)
 
 
-for key in ("CPU", "CUDA"):
-    _LIBRARY.impl("gemm", _forward, key)
-    _LIBRARY.impl("gemm.out", _forward_out, key)
-_LIBRARY.impl("gemm", _fake, "Meta")
-_LIBRARY.impl("gemm.out", _fake_out, "Meta")
-_LIBRARY.impl("gemm", _autograd, "Autograd")
-_LIBRARY.impl("gemm.out", _autograd_out, "Autograd")
+for name, kernels in {
+    "gemm": {"CPU": _cpu, "CUDA": _cuda, "Meta": _fake, "Autograd": _autograd},
+    "gemm.out": {"CPU": _cpu_out, "CUDA": _cuda_out, "Meta": _fake_out, "Autograd": _autograd_out},
+}.items():
+    for key, kernel in kernels.items():
+        _LIBRARY.impl(name, kernel, key)

@@ -159,21 +159,18 @@ def gemm_pointer(
 
 
 @triton.jit
-def _truncate(x):
-    """(bfloat16, float32) of the upper 16 bits of float32 x."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+def _is_finite(x):
+    return (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
 
 
 @triton.jit
 def _split(x):
     """The three bfloat16 parts of float32 x, largest first; a non-finite x is its first part alone."""
-    finite = (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
-    high, high_value = _truncate(tl.where(x == x, x, float("nan")))
-    rest = tl.where(finite, x - high_value, 0.0)
-    middle, middle_value = _truncate(rest)
-    low, _ = _truncate(rest - middle_value)
-    return high, middle, low
+    bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FFFFFFF)
+    high = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    rest = tl.where(_is_finite(x), x - (bits & 0xFFFF0000).to(tl.float32, bitcast=True), 0.0)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -186,7 +183,7 @@ def gemm_split(
 ):  # fmt: skip
     """As `gemm_pointer`, for float32 operands; BLOCK_K is the contract's promote_k, CROSS its part products.
 
-    The promoted sums are written fma(x, 1, sum), one rounding: `sum + dot(...)` would be turned into the dot's accumulator.
+    The sum of the high chains is written fma(chain, 1, sum), one rounding: an addition would become the dot's accumulator.
     """
     batch, tile_m, tile_n = _batch_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row, row_inside = _offsets(tile_m * BLOCK_M, M, BLOCK_M)
@@ -201,16 +198,17 @@ def gemm_split(
         b = tl.load(b_cols + k.to(tl.int64)[:, None] * stride_b_k, mask=k_inside[:, None] & col_inside[None, :], other=0.0)
         a_parts = _split(a)
         b_parts = _split(b)
-        chain = _zeros(BLOCK_M, BLOCK_N, SWAP)
+        high_chain = tl.dot(b_parts[0].T, a_parts[0].T) if SWAP else tl.dot(a_parts[0], b_parts[0])
+        cross_chain = _zeros(BLOCK_M, BLOCK_N, SWAP)
         for product in tl.static_range(len(CROSS)):
             x = a_parts[CROSS[product][0]]
             y = b_parts[CROSS[product][1]]
-            chain = tl.dot(y.T, x.T, chain) if SWAP else tl.dot(x, y, chain)
-        cross = tl.fma(chain, 1.0, cross)
-        chain = tl.dot(b_parts[0].T, a_parts[0].T) if SWAP else tl.dot(a_parts[0], b_parts[0])
-        high = tl.fma(chain, 1.0, high)
-    finite = (high.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
-    acc = tl.where(finite, high + cross, high)
+            cross_chain = tl.dot(y.T, x.T, cross_chain) if SWAP else tl.dot(x, y, cross_chain)
+        total = tl.fma(high_chain, 1.0, high)
+        error = high_chain - (total - high)
+        cross = cross + (cross_chain + error)
+        high = total
+    acc = tl.where(_is_finite(high), high + cross, high)
     if SWAP:
         acc = acc.T
     if BIAS:

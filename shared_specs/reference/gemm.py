@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from shared_specs.contract import Float32Split, GemmContract
-from shared_specs.formats import FLOAT32, FloatFormat, float_format
+from shared_specs.formats import BFLOAT16, FLOAT32_NAN, FloatFormat, float_format
 from shared_specs.reference import tensor_core
 
 _MAX_TERMS = 1 << 21
@@ -66,17 +66,16 @@ def accumulate(a: np.ndarray, b: np.ndarray, contract: GemmContract) -> np.ndarr
 
 
 def split(x: np.ndarray, rule: Float32Split) -> list[np.ndarray]:
-    """The parts of float32 `x`, largest first, as float32 values of the part format.
-
-    Exact for 0 and |x| >= 2^-110; below, what lies under 2^-133 is dropped.
-    """
-    if rule.part != "bfloat16":
+    """The parts of float32 `x`, largest first, as float32 values of the part format."""
+    part = float_format(rule.part)
+    if part is not BFLOAT16:
         raise NotImplementedError(f"parts of format {rule.part}")
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     finite = np.isfinite(x)
-    parts = [np.where(finite, _truncate_to_bfloat16(x), x)]
+    parts = [np.where(np.isnan(x), FLOAT32_NAN, bits & np.uint32(0xFFFF0000)).view(np.float32)]
     rest = np.where(finite, x, np.float32(0)) - np.where(finite, parts[0], np.float32(0))
     for _ in range(1, rule.parts):
-        parts.append(_truncate_to_bfloat16(rest))
+        parts.append(part.decode(part.encode(rest)))
         rest = rest - parts[-1]
     return parts
 
@@ -93,11 +92,14 @@ def _leaf(a: np.ndarray, b: np.ndarray, contract: GemmContract) -> np.ndarray:
     with np.errstate(all="ignore"):
         for start in range(0, a.shape[1], rule.promote_k):
             chunk = slice(start, start + rule.promote_k)
-            acc = zero
+            high_chain = tensor_core.chain(a_parts[0][:, chunk], b_parts[0][chunk], zero, part, contract.dot)
+            cross_chain = zero
             for i, j in rule.cross:
-                acc = tensor_core.chain(a_parts[i][:, chunk], b_parts[j][chunk], acc, part, contract.dot)
-            cross = cross + acc
-            high = high + tensor_core.chain(a_parts[0][:, chunk], b_parts[0][chunk], zero, part, contract.dot)
+                cross_chain = tensor_core.chain(a_parts[i][:, chunk], b_parts[j][chunk], cross_chain, part, contract.dot)
+            total = high + high_chain
+            error = high_chain - (total - high)
+            cross = cross + (cross_chain + error)
+            high = total
         return np.where(np.isfinite(high), high + cross, high)
 
 
@@ -107,8 +109,3 @@ def _tree(leaves: list[np.ndarray]) -> np.ndarray:
         while len(leaves) > 1:
             leaves = [leaves[i] + leaves[i + 1] for i in range(0, len(leaves), 2)]
     return leaves[0]
-
-
-def _truncate_to_bfloat16(x: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(x, np.float32).view(FLOAT32.storage)
-    return (bits & np.uint32(0xFFFF0000)).view(np.float32)
