@@ -85,7 +85,7 @@ def _leaf(a: jax.Array, b: jax.Array, contract: GemmContract) -> jax.Array:
 
 
 def _by_blocks(f: Callable[[Any], jax.Array], x: Any, *, axis: int, size: int) -> jax.Array:
-    """f of consecutive blocks of `x` (arrays equally long in `axis`), of at most `size`, joined along `axis`."""
+    """What `f` makes of consecutive blocks of `x` (arrays equally long in `axis`), of at most `size`, joined along `axis`."""
     length = jax.tree.leaves(x)[0].shape[axis]
     count = -(-length // size)
     if count == 1:
@@ -136,7 +136,10 @@ def _split_chain(a: jax.Array, b: jax.Array, contract: GemmContract) -> jax.Arra
         # Products of parts, one after the other, are one chain over the parts laid end to end.
         x = lax.optimization_barrier(jnp.concatenate([left[i] for i, _ in rule.cross], axis=2))
         y = lax.optimization_barrier(jnp.concatenate([right[j] for _, j in rule.cross], axis=1))
-        return _round(high + _chain(left[0], right[0], contract)), _round(cross + _chain(x, y, contract))
+        high_chain, cross_chain = _chain(left[0], right[0], contract), _chain(x, y, contract)
+        total = _round(high + high_chain)
+        error = _round(high_chain - _round(total - high))
+        return total, _round(cross + _round(cross_chain + error))
 
     zeros = jnp.zeros((a.shape[0], a.shape[1], b.shape[2]), jnp.float64)
     high, cross = lax.fori_loop(0, a.shape[2] // rule.promote_k, promote, (zeros, zeros))

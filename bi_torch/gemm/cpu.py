@@ -54,15 +54,15 @@ def gemm(
     """
     shape = (a.shape[0], a.shape[1], b.shape[2])
     out = torch.empty(shape, dtype=out_dtype, device="cpu")
-    by_alpha, by_beta = (_round(torch.tensor(x, dtype=F64, device="cpu"), FLOAT32) for x in (alpha, beta))
+    by_alpha, by_beta = (_round(torch.tensor(x, dtype=F64, device="cpu")) for x in (alpha, beta))
     terms = None if bias is None or by_beta == 0 else bias.expand(shape)
     for tile in _tiles(shape):
         batch, rows, columns = tile
         # A float32 product is exact in float64, and 53 bits are enough (2 * 24 + 2) for rounding a sum twice to be harmless.
-        result = _round(_accumulate(a[batch, rows], b[batch, :, columns], contract) * by_alpha, FLOAT32)
+        result = _round(_accumulate(a[batch, rows], b[batch, :, columns], contract) * by_alpha)
         if terms is not None:
-            result = _round(result + _round(_decode(terms[tile], careful=True) * by_beta, FLOAT32), FLOAT32)
-        _store(result, out[tile])
+            result = _round(result + _round(_decode(terms[tile], careful=True) * by_beta))
+        out[tile] = _encode(result, out_dtype)
     return out
 
 
@@ -85,7 +85,7 @@ def _accumulate(a: Tensor, b: Tensor, contract: GemmContract) -> Tensor:
     chain = _chain if contract.split is None else _split_chain
     leaves = [chain(a[..., lo:hi], b[:, lo:hi], contract) for lo, hi in contract.leaf_bounds(a.shape[-1])]
     while len(leaves) > 1:
-        leaves = [_round(x + y, FLOAT32) for x, y in zip(leaves[::2], leaves[1::2], strict=True)]
+        leaves = [_round(x + y) for x, y in zip(leaves[::2], leaves[1::2], strict=True)]
     return leaves[0]
 
 
@@ -100,29 +100,33 @@ def _chain(a: Tensor, b: Tensor, contract: GemmContract) -> Tensor:
 
 def _split_chain(a: Tensor, b: Tensor, contract: GemmContract) -> Tensor:
     """float32 operands: chains over the parts, promoted every `promote_k` elements of K."""
-    rule = contract.split
+    rule, dot = contract.split, contract.dot
     assert rule is not None
     careful = not _ordinary(a, b, contract)
-    shape = (a.shape[0], a.shape[1], b.shape[2])
-    high, cross = torch.zeros(shape, dtype=F64), torch.zeros(shape, dtype=F64)
+    high = torch.zeros((a.shape[0], a.shape[1], b.shape[2]), dtype=F64)
+    cross = torch.zeros_like(high)
     for x, y in _slabs(a, b, rule.promote_k):
         # Chunks of promote_k are independent until they are promoted: work on a slab's chunks side by side.
         chunks = x.shape[-1] // rule.promote_k
         x = x.unflatten(-1, (chunks, -1)).movedim(-2, 1).flatten(0, 1)
         y = y.unflatten(1, (chunks, -1)).flatten(0, 1)
-        left = [_operand(part.movedim(-1, 0), contract.dot, careful) for part in _parts(x, rule, careful)]
-        right = [_operand(part.movedim(1, 0), contract.dot, careful) for part in _parts(y, rule, careful)]
+        left = [_operand(part.movedim(-1, 0), dot, careful) for part in _parts(x, rule, careful)]
+        right = [_operand(part.movedim(1, 0), dot, careful) for part in _parts(y, rule, careful)]
+        high_chains, cross_chains = (_Accumulators((x.shape[0], x.shape[1], y.shape[2]), dot, careful) for _ in range(2))
+        high_chains.add(left[0], right[0])
+        for i, j in rule.cross:
+            cross_chains.add(left[i], right[j])
+        by_chunk = (chains.values().unflatten(0, (-1, chunks)).unbind(1) for chains in (high_chains, cross_chains))
+        for high_chain, cross_chain in zip(*by_chunk, strict=True):
+            high, cross = _promote(high, cross, high_chain, cross_chain, careful)
+    return torch.where(high.isfinite(), _round(high + cross, careful), high)
 
-        def promoted(total: Tensor, products: tuple[tuple[int, int], ...]) -> Tensor:
-            acc = _Accumulators((x.shape[0], x.shape[1], y.shape[2]), contract.dot, careful)
-            for i, j in products:
-                acc.add(left[i], right[j])
-            for partial in acc.values().unflatten(0, (-1, chunks)).unbind(1):
-                total = _round(total + partial, FLOAT32)
-            return total
 
-        high, cross = promoted(high, ((0, 0),)), promoted(cross, rule.cross)
-    return torch.where(high.isfinite(), _round(high + cross, FLOAT32), high)
+def _promote(high: Tensor, cross: Tensor, high_chain: Tensor, cross_chain: Tensor, careful: bool) -> tuple[Tensor, Tensor]:
+    """The fast two-sum of `Float32Split`, every operation rounded to float32."""
+    total = _round(high + high_chain, careful)
+    error = _round(high_chain - _round(total - high, careful), careful)
+    return total, _round(cross + _round(cross_chain + error, careful), careful)
 
 
 def _slabs(a: Tensor, b: Tensor, multiple: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -167,7 +171,7 @@ class _Accumulators:
         shape = (chains, n, m) if self.transposed else shape
         self.dot, self.careful = dot, careful
         self.terms = torch.empty((dot.k + 1, *shape), dtype=F64)  # the products, and the accumulator as the last term
-        self.acc = self.terms[-1].zero_()
+        self.products, self.acc = self.terms[:-1], self.terms[-1].zero_()
         self.sums = torch.empty(shape, dtype=F64)
         self.exponents = torch.empty((dot.k, *shape), dtype=torch.int16)
         self.largest = torch.empty(shape, dtype=torch.int16)
@@ -182,9 +186,10 @@ class _Accumulators:
         """Run one dot instruction for each step of the slab, in order."""
         if self.transposed:
             a, b = b, a
-        for x, ex, y, ey in zip(a.values, a.exponents, b.values, b.exponents, strict=True):
-            torch.mul(x.unsqueeze(-1), y.unsqueeze(-2), out=self.terms[:-1])
-            torch.add(ex.unsqueeze(-1), ey.unsqueeze(-2), out=self.exponents)
+        left, right = (x.unsqueeze(-1) for x in a), (y.unsqueeze(-2) for y in b)
+        for x, x_exponent, y, y_exponent in zip(*left, *right, strict=True):
+            torch.mul(x, y, out=self.products)
+            torch.add(x_exponent, y_exponent, out=self.exponents)
             self._instruction()
 
     def _instruction(self) -> None:
@@ -203,14 +208,24 @@ class _Accumulators:
         self.sums.view(I64).bitwise_and_(-1 << (F64_MANTISSA - FLOAT32.mantissa_bits))
         torch.div(self.sums, scale, out=self.acc)
         if self.careful:
-            quantum = FLOAT32.mantissa_bits - FLOAT32.min_exponent  # subnormals: truncate at 2**-149
-            beyond = F64_BIAS - (1 - FLOAT32.min_exponent)  # 2**128 times 2**beyond overflows float64
-            self.acc.mul_(2.0**quantum).trunc_().mul_(2.0 ** (beyond - quantum)).mul_(2.0**-beyond).add_(0.0)
+            # Truncate at float32's smallest subnormal, overflow where float32 does, and make a zero +0.
+            down, up = _smallest(FLOAT32), _headroom(FLOAT32)
+            self.acc.mul_(2.0**-down).trunc_().mul_(2.0 ** (down + up)).mul_(2.0**-up).add_(0.0)
 
 
 def _power(exponent: int) -> int:
     """Bits of the float64 2**exponent."""
     return (exponent + F64_BIAS) << F64_MANTISSA
+
+
+def _smallest(fmt: FloatFormat) -> int:
+    """Exponent of the smallest subnormal of `fmt`."""
+    return fmt.min_exponent - fmt.mantissa_bits
+
+
+def _headroom(fmt: FloatFormat) -> int:
+    """A number that overflows `fmt` overflows float64 when multiplied by two to this power."""
+    return F64_BIAS - (1 - fmt.min_exponent)
 
 
 def _ordinary(a: Tensor, b: Tensor, contract: GemmContract) -> bool:
@@ -258,24 +273,24 @@ def _decode(x: Tensor, careful: bool) -> Tensor:
     x = x.to(torch.float32)  # a float16 subnormal is a normal float32
     values = x.to(F64)
     magnitude = _bits(x) & FLOAT32.nan
-    subnormals = magnitude.to(F64).mul_(2.0 ** (FLOAT32.min_exponent - FLOAT32.mantissa_bits)).copysign_(values)
+    subnormals = magnitude.to(F64).mul_(2.0 ** _smallest(FLOAT32)).copysign_(values)
     return torch.where(magnitude < 1 << FLOAT32.mantissa_bits, subnormals, values)
 
 
 def _parts(x: Tensor, rule: Float32Split, careful: bool) -> list[Tensor]:
-    """The bfloat16 parts of float32 `x`, each the truncation of what the parts before it leave."""
+    """The bfloat16 parts of float32 `x`: the first truncated, the others rounded to nearest."""
     if rule.part != BFLOAT16.name:
         raise NotImplementedError(f"parts of format {rule.part}")
-    rest, parts = _decode(x, careful), []
-    for _ in range(rule.parts):
-        part = rest.view(I64).bitwise_and(-1 << (F64_MANTISSA - BFLOAT16.mantissa_bits)).view(F64)
-        if careful:  # subnormals: truncate at 2**-133; an infinity or NaN leaves nothing
-            part = part.mul_(2.0**BFLOAT16_QUANTUM).trunc_().mul_(2.0**-BFLOAT16_QUANTUM)
-            rest = torch.where(part.isfinite(), rest - part, 0.0)
-            parts.append(_store(part, torch.empty(x.shape, dtype=torch.bfloat16)))
-        else:
-            rest = rest - part
-            parts.append(part.to(torch.bfloat16))
+    rest = _decode(x, careful)
+    part = rest.view(I64).bitwise_and(-1 << (F64_MANTISSA - BFLOAT16.mantissa_bits)).view(F64)
+    if careful:
+        part = part.mul_(2.0 ** -_smallest(BFLOAT16)).trunc_().mul_(2.0 ** _smallest(BFLOAT16))
+    parts = [_encode(part, torch.bfloat16, careful)]
+    while len(parts) < rule.parts:
+        rest = rest - _decode(parts[-1], careful)
+        if careful and len(parts) == 1:
+            rest = torch.where(part.isfinite(), rest, 0.0)
+        parts.append(_encode(rest, torch.bfloat16, careful))
     return parts
 
 
@@ -285,22 +300,25 @@ def _ulp(x: Tensor, fmt: FloatFormat) -> Tensor:
     return exponent.sub_(fmt.mantissa_bits << F64_MANTISSA).view(F64)
 
 
-def _round(x: Tensor, fmt: FloatFormat) -> Tensor:
-    """float64 values rounded to nearest even in `fmt`, as float64."""
-    ulp = _ulp(x, fmt)
-    beyond = F64_BIAS - (1 - fmt.min_exponent)  # what overflows `fmt` overflows float64 when multiplied by 2**beyond
-    return (x / ulp).round_().mul_(ulp).mul_(2.0**beyond).mul_(2.0**-beyond)
+def _round(x: Tensor, careful: bool = True) -> Tensor:
+    """float64 values rounded to nearest even in float32, as float64; by torch's conversion where it cannot flush."""
+    if not careful:
+        return x.to(torch.float32).to(F64)
+    ulp = _ulp(x, FLOAT32)
+    return (x / ulp).round_().mul_(ulp).mul_(2.0 ** _headroom(FLOAT32)).mul_(2.0 ** -_headroom(FLOAT32))
 
 
-def _store(x: Tensor, out: Tensor) -> Tensor:
-    """Write float64 values to `out`, rounded once to its format by integers; every NaN as the canonical pattern."""
-    fmt = _format(out.dtype)
+def _encode(x: Tensor, dtype: torch.dtype, careful: bool = True) -> Tensor:
+    """float64 values rounded once, to nearest even, to `dtype`; every NaN as the canonical pattern."""
+    if not careful:
+        return x.to(dtype)
+    fmt = _format(dtype)
     infinity = ((1 << fmt.exponent_bits) - 1) << fmt.mantissa_bits
     magnitude = x.abs().clamp_(max=2.0**200)  # beyond every format, and small enough for the integers below
     ulp = _ulp(magnitude, fmt)
     significand = (magnitude / ulp).round_().to(I64)  # with the hidden bit, which adds one to the exponent field
-    field = (ulp.view(I64) >> F64_MANTISSA) - (F64_BIAS + fmt.min_exponent - fmt.mantissa_bits)
+    field = (ulp.view(I64) >> F64_MANTISSA) - (F64_BIAS + _smallest(fmt))
     bits = (significand + (field << fmt.mantissa_bits)).clamp_(max=infinity)
     bits |= (x.view(I64) >> 63) << (fmt.bits - 1)
-    _bits(out).copy_(torch.where(x.isnan(), fmt.nan, bits))
-    return out
+    bits = torch.where(x.isnan(), fmt.nan, bits)
+    return bits.to(torch.int16 if fmt.bits == 16 else torch.int32).view(dtype)
