@@ -90,7 +90,7 @@ class Float32Split:
     part: str = "bfloat16"
     parts: int = 3
     cross: tuple[tuple[int, int], ...] = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1))
-    promote_k: int = 32
+    promote_k: int = 64
 
     def __post_init__(self) -> None:
         float_format(self.part)
@@ -128,10 +128,16 @@ class GemmContract:
 
     def __post_init__(self) -> None:
         wide = float_format(self.operand).bits == 32
-        _require(wide == (self.split is not None), "GemmContract.split", f"must be given exactly for float32, operand is {self.operand}")
+        _require(
+            wide == (self.split is not None),
+            "GemmContract.split",
+            f"must be given exactly for float32, operand is {self.operand}",
+        )
         if self.split is not None:
             whole = self.split.promote_k % self.dot.k == 0
-            _require(whole, "Float32Split.promote_k", f"must be a multiple of the dot's k = {self.dot.k}, got {self.split.promote_k}")
+            _require(
+                whole, "Float32Split.promote_k", f"must be a multiple of the dot's k = {self.dot.k}, got {self.split.promote_k}"
+            )
         _require(_is_power_of_two(self.k_leaves), "GemmContract.k_leaves", f"must be a power of two, got {self.k_leaves}")
         _require(self.version == VERSION, "GemmContract.version", f"is {self.version}, this library implements {VERSION}")
 
@@ -158,11 +164,13 @@ class GemmContract:
         """
         data = _checked_fields(cls, json.loads(text))
         split = data["split"]
-        return cls(**{
-            **data,
-            "dot": DotArithmetic(**_checked_fields(DotArithmetic, data["dot"])),
-            "split": None if split is None else Float32Split(**_checked_fields(Float32Split, split)),
-        })
+        return cls(
+            **{
+                **data,
+                "dot": DotArithmetic(**_checked_fields(DotArithmetic, data["dot"])),
+                "split": None if split is None else Float32Split(**_checked_fields(Float32Split, split)),
+            }
+        )
 
     @cached_property
     def contract_id(self) -> str:

@@ -125,5 +125,7 @@ def gemm_schedule(engine: Engine, dtype: str, m: int, n: int, k: int, arch: str,
     return _lookup(engine, op, dtype, bucket(m), bucket(n), bucket(k), arch)
 
 
-def _row(*, engine: Engine, op: str, dtypes: list[str], schedule: dict[str, Any], m: int | None, n: int | None, k: int | None) -> ScheduleRow:
+def _row(
+    *, engine: Engine, op: str, dtypes: list[str], schedule: dict[str, Any], m: int | None, n: int | None, k: int | None
+) -> ScheduleRow:
     return ScheduleRow(engine, op, tuple(dtypes), m, n, k, GemmSchedule(**schedule))

@@ -46,7 +46,22 @@ def strided(x: torch.Tensor, storage: str) -> torch.Tensor:
     return x
 
 
-def check(dtype, m, k, n, schedule, *, kind="normal", seed=0, batch=1, storage=("plain", "plain"), bias="none", out_dtype=None, alpha=1.0, beta=1.0):
+def check(
+    dtype,
+    m,
+    k,
+    n,
+    schedule,
+    *,
+    kind="normal",
+    seed=0,
+    batch=1,
+    storage=("plain", "plain"),
+    bias="none",
+    out_dtype=None,
+    alpha=1.0,
+    beta=1.0,
+):
     fmt, contract = float_format(dtype), gemm_contract(dtype)
     out_fmt = float_format(out_dtype or dtype)
     drawn = [gemm_inputs(kind, m, k, n, fmt, seed + i) for i in range(batch)]

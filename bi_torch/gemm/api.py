@@ -13,16 +13,18 @@ dtypes that are mixed or not supported, for tensors on different devices or on a
 that cannot be written, and for a gradient through `out`.
 """
 
-from collections.abc import Sequence
-
 import torch
 
 from bi_torch.gemm.library import DTYPE_NAMES, gemm, gemm_out, output_shape
 
+_DEVICES = ("cuda", "cpu", "meta")
 
-def mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+
+def mm(
+    a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """a [M, K] @ b [K, N] -> [M, N]."""
-    _check_dims("mm", (a, b), ("a", "b"), 2)
+    _check_dims("mm", a, b, 2)
     return _run("mm", a, b, None, 1.0, 1.0, out, out_dtype)
 
 
@@ -41,11 +43,13 @@ def addmm(
     alpha and beta are rounded to float32 once; both products and their sum are rounded one by one. The bias is
     broadcastable to [M, N]; with beta = 0 it is not read.
     """
-    _check_dims("addmm", (a, b), ("a", "b"), 2)
+    _check_dims("addmm", a, b, 2)
     return _run("addmm", a, b, bias, alpha, beta, out, out_dtype)
 
 
-def bmm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+def bmm(
+    a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """a [B, M, K] @ b [B, K, N] -> [B, M, N]; the batch sizes are equal."""
     _check_batches("bmm", a, b)
     return _run("bmm", a, b, None, 1.0, 1.0, out, out_dtype)
@@ -66,9 +70,12 @@ def baddbmm(
     return _run("baddbmm", a, b, bias, alpha, beta, out, out_dtype)
 
 
-def matmul(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+def matmul(
+    a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """torch.matmul: 1-D operands are a row or a column that the result drops, batch dimensions broadcast."""
-    _check_tensors("matmul", (a, b), ("a", "b"))
+    _check_tensor("matmul", a, "a")
+    _check_tensor("matmul", b, "b")
     if a.dim() == 0 or b.dim() == 0:
         raise RuntimeError(f"bi_torch.matmul: both arguments need at least one dimension, got {_shapes(a, b)}")
     row, column = a.dim() == 1, b.dim() == 1
@@ -93,7 +100,8 @@ def linear(
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """input [*, K] @ weight [N, K]^T + bias [N] -> [*, N], rounded once to the output dtype."""
-    _check_tensors("linear", (input, weight), ("input", "weight"))
+    _check_tensor("linear", input, "input")
+    _check_tensor("linear", weight, "weight")
     if input.dim() == 0 or weight.dim() != 2:
         raise RuntimeError(f"bi_torch.linear: input must be [*, K] and weight [N, K], got {_shapes(input, weight)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -114,12 +122,14 @@ def _run(
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
     """Check what every op has in common and call the registered op."""
+    if a.dtype not in DTYPE_NAMES or b.dtype != a.dtype:
+        raise RuntimeError(
+            f"bi_torch.{op}: operands must share one dtype of {', '.join(DTYPE_NAMES.values())}, got {a.dtype} and {b.dtype}"
+        )
+    if a.device != b.device or a.device.type not in _DEVICES:
+        raise RuntimeError(f"bi_torch.{op}: operands must be on one CPU or CUDA device, got {a.device} and {b.device}")
     if a.shape[-1] != b.shape[-2]:
         raise RuntimeError(f"bi_torch.{op}: the reduced extents differ: {_shapes(a, b)}")
-    if a.dtype not in DTYPE_NAMES or b.dtype != a.dtype:
-        raise RuntimeError(f"bi_torch.{op}: operands must share one dtype of {', '.join(DTYPE_NAMES.values())}, got {a.dtype} and {b.dtype}")
-    if a.device != b.device or a.device.type not in ("cpu", "cuda", "meta"):
-        raise RuntimeError(f"bi_torch.{op}: operands must be on one CPU or CUDA device, got {a.device} and {b.device}")
     if out_dtype is None:
         out_dtype = a.dtype if out is None else out.dtype
     if out_dtype not in (a.dtype, torch.float32):
@@ -133,17 +143,21 @@ def _run(
 
 
 def _check_bias(op: str, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    _check_tensors(op, (bias,), ("bias",))
+    _check_tensor(op, bias, "bias")
     if bias.dtype not in (a.dtype, torch.float32) or bias.device != a.device:
-        raise RuntimeError(f"bi_torch.{op}: bias must be {a.dtype} or torch.float32 on {a.device}, got {bias.dtype} on {bias.device}")
+        raise RuntimeError(
+            f"bi_torch.{op}: bias must be {a.dtype} or torch.float32 on {a.device}, got {bias.dtype} on {bias.device}"
+        )
     shape = output_shape(a, b)
     padded = (1,) * (len(shape) - bias.dim()) + tuple(bias.shape)
     if len(padded) != len(shape) or any(x not in (1, n) for x, n in zip(padded, shape, strict=True)):
         raise RuntimeError(f"bi_torch.{op}: bias {list(bias.shape)} does not broadcast to {list(shape)}")
 
 
-def _check_out(op: str, out: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> None:
-    _check_tensors(op, (out,), ("out",))
+def _check_out(
+    op: str, out: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    _check_tensor(op, out, "out")
     shape = output_shape(a, b)
     if out.shape != shape or out.dtype != dtype or out.device != a.device:
         raise RuntimeError(
@@ -151,7 +165,9 @@ def _check_out(op: str, out: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, 
         )
     if torch._debug_has_internal_overlap(out) == 1:
         raise RuntimeError(f"bi_torch.{op}: several elements of out share one memory location; clone it first")
-    in_place = bias is not None and bias.data_ptr() == out.data_ptr() and bias.shape == out.shape and bias.stride() == out.stride()
+    in_place = (
+        bias is not None and bias.data_ptr() == out.data_ptr() and bias.shape == out.shape and bias.stride() == out.stride()
+    )
     for name, x in (("a", a), ("b", b), ("bias", None if in_place else bias)):
         if x is not None and _overlap(out, x):
             raise RuntimeError(f"bi_torch.{op}: out overlaps {name} in memory; clone one of them first")
@@ -170,25 +186,24 @@ def _address_range(x: torch.Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (span + 1) * x.element_size() - 1
 
 
-def _check_dims(op: str, tensors: Sequence[torch.Tensor], names: Sequence[str], dims: int) -> None:
-    _check_tensors(op, tensors, names)
-    for name, x in zip(names, tensors, strict=True):
-        if x.dim() != dims:
-            raise RuntimeError(f"bi_torch.{op}: {name} must have {dims} dimensions, got {list(x.shape)}")
+def _check_dims(op: str, a: torch.Tensor, b: torch.Tensor, dims: int) -> None:
+    _check_tensor(op, a, "a")
+    _check_tensor(op, b, "b")
+    if a.dim() != dims or b.dim() != dims:
+        raise RuntimeError(f"bi_torch.{op}: a and b must have {dims} dimensions, got {_shapes(a, b)}")
 
 
 def _check_batches(op: str, a: torch.Tensor, b: torch.Tensor) -> None:
-    _check_dims(op, (a, b), ("a", "b"), 3)
+    _check_dims(op, a, b, 3)
     if a.shape[0] != b.shape[0]:
         raise RuntimeError(f"bi_torch.{op}: the batch sizes differ: {_shapes(a, b)}")
 
 
-def _check_tensors(op: str, tensors: Sequence[torch.Tensor], names: Sequence[str]) -> None:
-    for name, x in zip(names, tensors, strict=True):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"bi_torch.{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.layout != torch.strided or x.is_quantized:
-            raise RuntimeError(f"bi_torch.{op}: {name} must be a dense tensor, got layout {x.layout}")
+def _check_tensor(op: str, x: torch.Tensor, name: str) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"bi_torch.{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_quantized:
+        raise RuntimeError(f"bi_torch.{op}: {name} must be a dense tensor, got layout {x.layout}")
 
 
 def _shapes(a: torch.Tensor, b: torch.Tensor) -> str:

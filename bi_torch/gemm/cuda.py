@@ -72,9 +72,9 @@ class _Plan:
     compiled: Any = None
 
     def launch(self, device: int, arguments: tuple[Any, ...]) -> None:
-        """Run on the current stream of the current device, which must be `device`."""
+        """Run on the current stream of the current device, which must be `device`; a profiler's hooks see a full launch."""
         compiled = self.compiled
-        if compiled is None or triton.knobs.runtime.launch_enter_hook is not None:
+        if compiled is None or triton.knobs.runtime.launch_enter_hook.calls:
             self.compiled = self.kernel[self.grid](*arguments, **self.options)
         else:
             stream = torch._C._cuda_getCurrentRawStream(device)
@@ -111,7 +111,9 @@ def _plan(
     tiles = triton.cdiv(m, schedule.block_m) * triton.cdiv(n, schedule.block_n)
     if schedule.loads == "tma":
         if not tma:
-            raise ValueError("bi_torch.gemm on CUDA: a schedule with loads='tma' needs one batch entry and 16-byte aligned rows")
+            raise ValueError(
+                "bi_torch.gemm on CUDA: a schedule with loads='tma' needs one batch entry and 16-byte aligned rows"
+            )
         programs = min(tiles, _multiprocessors(out.device.index)) if schedule.persistent else tiles
         return _Plan(triton_kernels.gemm_tma, (programs, 1, 1), _tma_arguments(a, b, bias, out, scale, schedule), options)
     if contract.split is not None and schedule.block_k != contract.split.promote_k:
@@ -186,7 +188,16 @@ def _pointer_arguments(
     extents = (a.shape[1], b.shape[2], a.shape[2])
     strides = (*a.stride(), *b.stride(), *out.stride(), *(bias.stride() if bias is not None else (0, 0, 0)))
     rule = () if contract.split is None else (contract.split.cross,)
-    constants = (*rule, scale, bias is not None, schedule.block_m, schedule.block_n, schedule.block_k, schedule.swap, schedule.group_m)
+    constants = (
+        *rule,
+        scale,
+        bias is not None,
+        schedule.block_m,
+        schedule.block_n,
+        schedule.block_k,
+        schedule.swap,
+        schedule.group_m,
+    )
 
     def arguments(a: Any, b: Any, bias: Any, out: Any, alpha: float, beta: float) -> tuple[Any, ...]:
         return (a, b, out, bias, alpha, beta, *extents, *strides, *constants)

@@ -5,6 +5,7 @@ Inductor calls it and cannot replace it by a matmul of its own.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ def output_shape(a: torch.Tensor, b: torch.Tensor) -> torch.Size:
     return torch.Size((*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]))
 
 
-def gemm(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype) -> torch.Tensor:
+def gemm(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
+) -> torch.Tensor:
     """alpha * (a @ b) + beta * bias through the dispatcher; arguments are checked by the caller.
 
     Without a gradient to record, the autograd key is skipped: its kernel would do the same at twice the call overhead.
@@ -47,12 +50,21 @@ def _requires_grad(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) 
     return a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
 
 
-def _cuda(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype) -> torch.Tensor:
+def _cuda(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
+) -> torch.Tensor:
     return _cuda_out(a, b, bias, alpha, beta, out_dtype, out=a.new_empty(output_shape(a, b), dtype=out_dtype))
 
 
 def _cuda_out(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype, *, out: torch.Tensor
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+    out_dtype: torch.dtype,
+    *,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     bias = None if beta == 0 else bias
     for x, y, z, target in _matrices(a, b, bias, out):
@@ -60,12 +72,21 @@ def _cuda_out(
     return out
 
 
-def _cpu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype) -> torch.Tensor:
+def _cpu(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
+) -> torch.Tensor:
     return _cpu_out(a, b, bias, alpha, beta, out_dtype, out=a.new_empty(output_shape(a, b), dtype=out_dtype))
 
 
 def _cpu_out(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype, *, out: torch.Tensor
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+    out_dtype: torch.dtype,
+    *,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     bias = None if beta == 0 else bias
     for x, y, z, target in _matrices(a, b, bias, out):
@@ -88,7 +109,12 @@ def _matrices(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: 
     bias = None if bias is None else bias.expand(out.shape)
     if b.dim() == 2 and _foldable(a) and _foldable(out) and (bias is None or _foldable(bias)):
         rows = out.shape[:-1].numel()
-        yield a.view(rows, a.shape[-1]), b, None if bias is None else bias.view(rows, bias.shape[-1]), out.view(rows, out.shape[-1])
+        yield (
+            a.view(rows, a.shape[-1]),
+            b,
+            None if bias is None else bias.view(rows, bias.shape[-1]),
+            out.view(rows, out.shape[-1]),
+        )
         return
     a = a.expand(*out.shape[:-2], *a.shape[-2:])
     b = b.expand(*out.shape[:-2], *b.shape[-2:])
@@ -102,15 +128,24 @@ def _matrices(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: 
 def _foldable(x: torch.Tensor) -> bool:
     """True if all dimensions but the last are one dimension with one stride."""
     rows = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
-    return all(outer == inner * n for (_, outer), (n, inner) in zip(rows, rows[1:], strict=False))
+    return all(outer == inner * n for (_, outer), (n, inner) in pairwise(rows))
 
 
-def _fake(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype) -> torch.Tensor:
+def _fake(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
+) -> torch.Tensor:
     return a.new_empty(output_shape(a, b), dtype=out_dtype)
 
 
 def _fake_out(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype, *, out: torch.Tensor
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+    out_dtype: torch.dtype,
+    *,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     return out
 
@@ -119,7 +154,9 @@ class _Gemm(torch.autograd.Function):
     """Gradients are products under the same contract, so they too are the same bits in every schedule and framework."""
 
     @staticmethod
-    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype) -> torch.Tensor:
+    def forward(
+        ctx: Any, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
+    ) -> torch.Tensor:
         ctx.save_for_backward(a, b)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.alpha, ctx.beta = alpha, beta
@@ -170,14 +207,23 @@ def _reduced_sum(g: torch.Tensor, shape: torch.Size, beta: float, dtype: torch.d
     return gemm(ones, g, None, beta, 1.0, dtype).reshape(shape)
 
 
-def _autograd(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype) -> torch.Tensor:
+def _autograd(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
+) -> torch.Tensor:
     if torch.is_grad_enabled() and _requires_grad(a, b, bias):
         return _Gemm.apply(a, b, bias, alpha, beta, out_dtype)
     return gemm(a, b, bias, alpha, beta, out_dtype)
 
 
 def _autograd_out(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype, *, out: torch.Tensor
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+    out_dtype: torch.dtype,
+    *,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     if torch.is_grad_enabled() and (out.requires_grad or _requires_grad(a, b, bias)):
         raise RuntimeError("bi_torch.gemm: functions with out=... arguments don't support automatic differentiation")

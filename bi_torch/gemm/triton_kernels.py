@@ -51,7 +51,9 @@ def _store(out_ptr, value, row, col, M, N, stride_m, stride_n):
 
 
 @triton.jit
-def _epilogue(acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE: tl.constexpr, BIAS: tl.constexpr):
+def _epilogue(
+    acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE: tl.constexpr, BIAS: tl.constexpr
+):
     """alpha * acc + beta * bias, three float32 roundings; SCALE = False is alpha = 1, where the product is exact."""
     if SCALE:
         acc = acc * alpha

@@ -19,7 +19,9 @@ from tests.golden.cases import FILE, DotCase, GemmCase, dot_cases, gemm_cases
 
 
 @triton.jit
-def _dot(a_ptr, b_ptr, acc_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
+def _dot(
+    a_ptr, b_ptr, acc_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr
+):
     """[BLOCK_M, N] rows of A @ B, on top of an accumulator if ACC."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.arange(0, N)

@@ -30,7 +30,8 @@ def interpreted(module: ModuleType) -> ModuleType:
     """A second copy of a module of `@triton.jit` functions, whose kernels run in the interpreter."""
     name = f"{module.__name__}_interpreted"
     spec = importlib.util.spec_from_file_location(name, module.__file__)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     copy = importlib.util.module_from_spec(spec)
     sys.modules[name] = copy
     with mock.patch.object(triton.knobs.runtime, "interpret", True):
@@ -69,7 +70,9 @@ def _values(handle: TensorHandle) -> np.ndarray:
     return fmt.decode(np.ascontiguousarray(handle.data).view(fmt.storage))
 
 
-def _dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision: Any, max_num_imprecise_acc: Any) -> TensorHandle:
+def _dot(
+    self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision: Any, max_num_imprecise_acc: Any
+) -> TensorHandle:
     fmt = _FORMATS[a.dtype.scalar]
     assert fmt.bits == 16, "a float32 dot would be TF32 on a GPU"
     return TensorHandle(tensor_core.chain(_values(a), _values(b), d.data, fmt, HOPPER_DOT), tl.float32)
