@@ -38,6 +38,11 @@ def add(x: jax.Array, y: jax.Array, layout: plgpu.Layout = plgpu.Layout.WGMMA) -
     return _binary("add.rn.f32", np.add, x, y, layout)
 
 
+def sub(x: jax.Array, y: jax.Array, layout: plgpu.Layout = plgpu.Layout.WGMMA) -> jax.Array:
+    """x - y, float32 register arrays of one shape and of `layout`."""
+    return _binary("sub.rn.f32", np.subtract, x, y, layout)
+
+
 def mul(x: jax.Array, y: jax.Array, layout: plgpu.Layout = plgpu.Layout.WGMMA) -> jax.Array:
     """x * y, float32 register arrays of one shape and of `layout`."""
     return _binary("mul.rn.f32", np.multiply, x, y, layout)

@@ -75,16 +75,15 @@ def matmul(a: jax.Array, b: jax.Array, *, out_dtype: Any = None) -> jax.Array:
 
 def linear(input: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, out_dtype: Any = None) -> jax.Array:
     """input [*, K] @ weight [N, K]^T + bias [N] -> [*, N], rounded once to the output dtype."""
-    input, weight = _arrays("linear", input=input, weight=weight)
-    if input.ndim == 0 or weight.ndim != 2:
-        raise ValueError(f"bi_jax.linear: input must be [*, K] and weight [N, K], got {input.shape} and {weight.shape}")
+    x, weight = _arrays("linear", input=input, weight=weight)
+    if x.ndim == 0 or weight.ndim != 2:
+        raise ValueError(f"bi_jax.linear: input must be [*, K] and weight [N, K], got {x.shape} and {weight.shape}")
     if bias is not None:
         (bias,) = _arrays("linear", bias=bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bi_jax.linear: bias must be [N] = {weight.shape[:1]}, got {bias.shape}")
-    rows = input[None] if input.ndim == 1 else input
-    out = _run("linear", rows, weight, bias, 1.0, 1.0, out_dtype, transpose_rhs=True)
-    return out[0] if input.ndim == 1 else out
+    out = _run("linear", x[None] if x.ndim == 1 else x, weight, bias, 1.0, 1.0, out_dtype, transpose_rhs=True)
+    return out[0] if x.ndim == 1 else out
 
 
 def _run(

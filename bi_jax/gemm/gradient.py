@@ -38,7 +38,7 @@ def product(a: jax.Array, b: jax.Array, bias: jax.Array | None, params: Params) 
     batch = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     shape = (*batch, rows, cols)
     if b.ndim == 2 and not params.transpose_lhs:
-        a, b = a.reshape(1, -1, a.shape[-1]), b[None]
+        a, b = a.reshape(1, math.prod(a.shape[:-1]), a.shape[-1]), b[None]
         bias = None if bias is None else _folded_bias(bias, shape)
     else:
         a, b = _batched(a, batch), _batched(b, batch)
@@ -61,13 +61,13 @@ def _batched(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
     """x [*, R, C] as [B, R, C], or as [1, R, C] where it is broadcast over the whole batch."""
     if math.prod(x.shape[:-2]) != 1 or math.prod(batch) == 0:
         x = jnp.broadcast_to(x, (*batch, *x.shape[-2:]))
-    return x.reshape(-1 if x.size else math.prod(x.shape[:-2]), *x.shape[-2:])
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 def _folded_bias(bias: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The bias of a product whose batch is folded into M: one row for all, or every row."""
     if math.prod(bias.shape[:-1]) == 1:
-        return bias.reshape(1, 1, -1)
+        return bias.reshape(1, 1, bias.shape[-1])
     return jnp.broadcast_to(bias, shape).reshape(1, math.prod(shape[:-1]), shape[-1])
 
 
@@ -101,7 +101,8 @@ def _reduced_product(
     summed = _broadcast_dims(batch, shape[:-2])
     params = Params(alpha, 1.0, x.dtype, transpose_x, transpose_y)
     if summed:
-        x, y = (jnp.broadcast_to(z.mT if t else z, (*batch, *(z.mT if t else z).shape[-2:])) for z, t in ((x, transpose_x), (y, transpose_y)))
+        x, y = x.mT if transpose_x else x, y.mT if transpose_y else y
+        x, y = (jnp.broadcast_to(z, (*batch, *z.shape[-2:])) for z in (x, y))
         kept = [i for i in range(len(batch)) if i not in summed]
         sizes = [batch[i] for i in kept]
         k = math.prod(batch[i] for i in summed) * x.shape[-1]

@@ -7,7 +7,7 @@ Why the bits are right: `wgmma` takes 16 elements of K at a time in ascending or
 accumulator; nothing splits K, and TMA fills what lies outside an operand with zeros. So neither the tile nor the grid
 enters the result. What the epilogue and the float32 promotion add, they add by `bi_jax.exact`.
 
-- A slab is 64 elements of K: 128 bytes a row, the widest swizzle that TMA and `wgmma` share.
+- A slab is 64 elements of K: 128 bytes a row, the widest swizzle that TMA and `wgmma` share. For float32 it is one chain.
 - `wgmma` reads 64 rows. A tile of fewer rows of A occupies only its own rows in shared memory; the instruction reads on
   into the next slab, and the rows that come of it are never stored. So decoding streams the weights through tiles as
   narrow as 16 columns, and shared memory is left to loads in flight.
@@ -34,18 +34,16 @@ from shared_specs.contract import GemmContract
 from shared_specs.schedule import GemmSchedule, gemm_schedule
 
 ARCHITECTURE = "sm_90"
-SLAB = 64
-"""Elements of K in a row of shared memory: 128 bytes of a 16-bit format, the widest swizzle."""
 ROWS = 64
 """Rows that one `wgmma` computes."""
+SWIZZLE = 128
+"""Bytes of the widest swizzle, and of a row that the epilogue stores at a time."""
 ALIGNMENT = 16
 """Bytes: TMA wants strides that are multiples of this."""
 SHARED_MEMORY = 231_424
 """Bytes of shared memory for a CTA's arrays; 1 KiB is left to barriers."""
 SMS = 132
 """CTAs of a persistent kernel: the SMs of an H100."""
-PIECE_BYTES = 128
-"""Bytes of a row that the epilogue stores at a time."""
 MEMORY_REGISTERS = 40
 """Registers per thread that the loading warpgroup keeps where the computing ones need more than their share."""
 
@@ -54,15 +52,17 @@ Ref = Any
 
 @dataclass(frozen=True)
 class _Operand:
-    """One operand's tiles in shared memory: `block` rows (of M or N) by `slabs` * SLAB elements of K, `stages` times.
+    """One operand's tiles in shared memory: `block` rows (of M or N) by `slabs` slabs of K, `stages` times.
 
     Attributes:
+        slab: elements of K in a slab.
         k_inner: stored [rows, K] rather than [K, rows].
         overhang: rows past the last tile that `wgmma` may read.
         parts: arrays that make up the operand (3 for float32, else 1).
     """
 
     block: int
+    slab: int
     slabs: int
     stages: int
     k_inner: bool
@@ -72,7 +72,7 @@ class _Operand:
     @property
     def shape(self) -> tuple[int, int]:
         slabs = self.stages * self.parts * self.slabs
-        return (slabs * self.block + self.overhang, SLAB) if self.k_inner else (slabs * SLAB, self.block)
+        return (slabs * self.block + self.overhang, self.slab) if self.k_inner else (slabs * self.slab, self.block)
 
     @property
     def copies(self) -> int:
@@ -88,18 +88,19 @@ class _Operand:
             if self.k_inner:
                 for j in range(self.slabs):
                     to = pl.ds(pl.multiple_of((first + j) * self.block, 8), self.block)
-                    of = source.at[pl.ds(row, self.block), pl.ds(k + j * SLAB, SLAB)]
+                    of = source.at[pl.ds(row, self.block), pl.ds(k + j * self.slab, self.slab)]
                     plgpu.copy_gmem_to_smem(of, _untiled(smem).at[to], barrier)
             else:
-                of = source.at[pl.ds(k, self.slabs * SLAB), pl.ds(row, self.block)]
-                plgpu.copy_gmem_to_smem(of, smem.at[pl.ds(pl.multiple_of(first * SLAB, SLAB), self.slabs * SLAB)], barrier)
+                size = self.slabs * self.slab
+                of = source.at[pl.ds(k, size), pl.ds(row, self.block)]
+                plgpu.copy_gmem_to_smem(of, smem.at[pl.ds(pl.multiple_of(first * self.slab, 8), size)], barrier)
 
-    def slab(self, smem: Ref, slot: Any, part: int, j: int, row: Any, rows: int) -> Ref:
+    def tile(self, smem: Ref, slot: Any, part: int, j: int, row: Any, rows: int) -> Ref:
         """Rows [row, row + rows) of slab `j`, as it is stored."""
         index = (slot * self.parts + part) * self.slabs + j
         if self.k_inner:
             return smem.at[pl.ds(pl.multiple_of(index * self.block + row, 8), rows)]
-        return smem.at[pl.ds(pl.multiple_of(index * SLAB, SLAB), SLAB), pl.ds(row, rows)]
+        return smem.at[pl.ds(pl.multiple_of(index * self.slab, 8), self.slab), pl.ds(row, rows)]
 
 
 @dataclass(frozen=True)
@@ -132,17 +133,25 @@ class Plan:
         return 1 if self.contract.split is None else self.contract.split.parts
 
     @property
+    def slab(self) -> int:
+        """Elements of K in a row of shared memory."""
+        widest = SWIZZLE // self.operand_dtype.itemsize
+        return widest if self.contract.split is None else min(widest, self.contract.split.promote_k)
+
+    @property
     def slabs(self) -> int:
-        return self.schedule.block_k // SLAB
+        return self.schedule.block_k // self.slab
 
     @property
     def lhs(self) -> _Operand:
-        overhang = max(ROWS - self.schedule.block_m, 0)
-        return _Operand(self.schedule.block_m, self.slabs, self.schedule.stages, not self.transpose_lhs, overhang, self.parts)
+        s = self.schedule
+        overhang = max(ROWS - s.block_m, 0)
+        return _Operand(s.block_m, self.slab, self.slabs, s.stages, not self.transpose_lhs, overhang, self.parts)
 
     @property
     def rhs(self) -> _Operand:
-        return _Operand(self.schedule.block_n, self.slabs, self.schedule.stages, self.transpose_rhs, 0, self.parts)
+        s = self.schedule
+        return _Operand(s.block_n, self.slab, self.slabs, s.stages, self.transpose_rhs, 0, self.parts)
 
     @property
     def warpgroups(self) -> int:
@@ -167,7 +176,7 @@ class Plan:
     @property
     def piece(self) -> int:
         """Columns that the epilogue stores at a time."""
-        return min(self.cols, PIECE_BYTES // self.out_dtype.itemsize)
+        return min(self.cols, SWIZZLE // self.out_dtype.itemsize)
 
     @property
     def out_slots(self) -> int:
@@ -177,20 +186,20 @@ class Plan:
     @property
     def bias_shape(self) -> tuple[int, int]:
         """A warpgroup's bias in shared memory: a piece, or all its columns (of at least 128 bytes)."""
-        return (self.rows, self.piece) if self.bias_rows else (1, max(self.cols, PIECE_BYTES // self.bias_dtype.itemsize))
+        return (self.rows, self.piece) if self.bias_rows else (1, max(self.cols, SWIZZLE // self.bias_dtype.itemsize))
 
     @property
     def accumulators(self) -> int:
         """float32 registers of a thread that hold accumulators."""
-        return self.rows * self.cols // 128 * (1 if self.contract.split is None else 3)
+        return self.rows * self.cols // 128 * (1 if self.contract.split is None else 4)
 
     def scratch(self) -> dict[str, Any]:
         """The kernel's shared memory and barriers."""
         operand, wgs, stages = self.operand_dtype, self.warpgroups, self.schedule.stages
         arrays = {
-            "a_smem": _tiled_smem(self.lhs.shape, operand),
-            "b_smem": _tiled_smem(self.rhs.shape, operand),
-            "out_smem": _tiled_smem((wgs * self.out_slots * self.rows, self.piece), self.out_dtype),
+            "a_smem": _tiled_smem(self.lhs.shape, operand, self.slab),
+            "b_smem": _tiled_smem(self.rhs.shape, operand, self.slab),
+            "out_smem": _tiled_smem((wgs * self.out_slots * self.rows, self.piece), self.out_dtype, self.piece),
             "full": plgpu.Barrier(num_arrivals=self.lhs.copies + self.rhs.copies, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         }
@@ -212,15 +221,16 @@ class Plan:
     def check(self) -> None:
         """Raise ValueError for a schedule that this kernel cannot run."""
         s = self.schedule
-        s.check(self.contract)
+        if s.block_k % self.slab or s.block_k % self.contract.chain_k or s.block_k > 256:
+            raise ValueError(
+                f"block_k must be a multiple of {max(self.slab, self.contract.chain_k)} up to 256, got {s.block_k}"
+            )
         if self.contract.k_leaves != 1:
             raise ValueError(f"the kernel evaluates one leaf of K, the contract has {self.contract.k_leaves}")
         if s.swap or s.loads != "tma":
             raise ValueError(f"Mosaic schedules load by TMA and need no swap, got swap={s.swap}, loads={s.loads!r}")
         if s.warps not in (4, 8):
             raise ValueError(f"Mosaic schedules compute with 4 or 8 warps, got {s.warps}")
-        if s.block_k % SLAB or s.block_k > 256:
-            raise ValueError(f"block_k must be {SLAB}, 128 or 256, got {s.block_k}")
         if not (8 <= s.block_m <= 256 and 16 <= s.block_n <= 256 and self.cols >= 16):
             raise ValueError(f"a tile must be 8..256 by 16..256, 16 columns a warpgroup, got {s.block_m} by {s.block_n}")
         if self.accumulators > 192:
@@ -253,7 +263,7 @@ def plan(
         schedule = dataclasses.replace(schedule, block_m=max(schedule.block_m, ROWS))
     if not transpose_rhs:
         wgs = 1 if schedule.block_m >= ROWS * schedule.warps // 4 else schedule.warps // 4
-        schedule = dataclasses.replace(schedule, block_n=max(schedule.block_n, SLAB * wgs))
+        schedule = dataclasses.replace(schedule, block_n=max(schedule.block_n, ROWS * wgs))
     out = jnp.dtype(out_dtype or contract.operand)
     bias = None if bias_dtype is None else jnp.dtype(bias_dtype)
     made = Plan(contract, schedule, transpose_lhs, transpose_rhs, out, alpha, beta, bias, bias_rows)
@@ -432,8 +442,8 @@ def _compute(
         _copy_bias(plan, bias, scratch, wg, corner)
 
     def multiply(acc: Ref, slot: Any, j: int, i_part: int, j_part: int) -> None:
-        lhs = plan.lhs.slab(scratch["a_smem"], slot, i_part, j, row, plan.rows)
-        rhs = plan.rhs.slab(scratch["b_smem"], slot, j_part, j, col, plan.cols)
+        lhs = plan.lhs.tile(scratch["a_smem"], slot, i_part, j, row, plan.rows)
+        rhs = plan.rhs.tile(scratch["b_smem"], slot, j_part, j, col, plan.cols)
         lhs = lhs.transpose((1, 0)) if plan.transpose_lhs else lhs
         rhs = rhs.transpose((1, 0)) if plan.transpose_rhs else rhs
         plgpu.wgmma(acc, lhs, rhs)
@@ -470,10 +480,10 @@ def _chain(plan: Plan, full: Ref, empty: Ref, first: Any, steps: int, multiply: 
 
 
 def _promoted_chains(plan: Plan, full: Ref, empty: Ref, first: Any, steps: int, multiply: Callable) -> jax.Array:
-    """float32: per chunk of K a chain of cross products and one of high parts, each added, rounded, to its own sum."""
+    """float32: two chains per `promote_k` elements of K, added up as `Float32Split` says."""
     rule = plan.contract.split
     assert rule is not None
-    stages, slabs = jnp.int32(plan.schedule.stages), rule.promote_k // SLAB
+    stages, slabs = jnp.int32(plan.schedule.stages), rule.promote_k // plan.slab
 
     def chain(slot: Any, chunk: int, products: tuple[tuple[int, int], ...]) -> jax.Array:
         def scope(acc: Ref) -> jax.Array:
@@ -489,8 +499,11 @@ def _promoted_chains(plan: Plan, full: Ref, empty: Ref, first: Any, steps: int, 
         slot = lax.rem(first + k, stages)
         plgpu.barrier_wait(full.at[slot])
         for chunk in range(plan.slabs // slabs):
-            cross = exact.add(cross, chain(slot, chunk, rule.cross))
-            high = exact.add(high, chain(slot, chunk, ((0, 0),)))
+            high_chain = chain(slot, chunk, ((0, 0),))
+            total = exact.add(high, high_chain)
+            error = exact.sub(high_chain, exact.sub(total, high))
+            cross = exact.add(cross, exact.add(chain(slot, chunk, rule.cross), error))
+            high = total
         plgpu.barrier_arrive(empty.at[slot])
         return high, cross
 
@@ -537,8 +550,8 @@ def _copy_bias(plan: Plan, bias: Ref, scratch: dict[str, Ref], wg: Any, corner: 
 def _bias_piece(plan: Plan, bias: Ref, columns: slice) -> jax.Array:
     """The bias of one piece as float32 [rows, piece]."""
     if plan.bias_rows:
-        return plgpu.load(bias, (), layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
-    row = plgpu.load(bias, (0, columns), layout=plgpu.Layout.WGMMA.reduce(0), optimized=False).astype(jnp.float32)
+        return plgpu.load(bias, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+    row = plgpu.load(bias.at[0, columns], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False).astype(jnp.float32)
     return lax.broadcast_in_dim(row, (plan.rows, plan.piece), (1,))
 
 
@@ -563,11 +576,10 @@ def _compute_registers(warpgroups: int) -> int:
     return min(240, (512 - MEMORY_REGISTERS) // warpgroups // 8 * 8)
 
 
-def _tiled_smem(shape: tuple[int, int], dtype: Any) -> Any:
-    """Shared memory in the order that `wgmma` reads: swizzled tiles of 8 rows."""
-    row = min(shape[1] * dtype.itemsize, PIECE_BYTES)
-    tiling = plgpu.TilingTransform((8, row // dtype.itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(row)))
+def _tiled_smem(shape: tuple[int, int], dtype: Any, width: int) -> Any:
+    """Shared memory in the order that `wgmma` reads: swizzled tiles of 8 rows of `width`."""
+    transforms = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * dtype.itemsize)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _untiled(smem: Ref) -> Ref:
@@ -585,7 +597,7 @@ def _parts(x: jax.Array, contract: GemmContract) -> jax.Array:
 
 def _operand_multiples(k_inner: bool) -> tuple[int, int]:
     """What the last two dimensions of an operand must be multiples of."""
-    return (1, ALIGNMENT // 2) if k_inner else (8, SLAB)
+    return (1, ALIGNMENT // 2) if k_inner else (8, ROWS)
 
 
 def _addressable(x: jax.Array, k_inner: bool) -> jax.Array:

@@ -4,6 +4,7 @@ The engine is chosen by the platform that a computation is lowered for, whatever
 `cpu.gemm`, on CUDA `mosaic.gemm`. Other platforms raise.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -56,7 +57,9 @@ def _shape(a: Any, b: Any, transpose_lhs: bool, transpose_rhs: bool) -> tuple[in
 
 
 @gemm_p.def_abstract_eval
-def _abstract(a: Any, b: Any, *bias: Any, out_dtype: Any, transpose_lhs: bool, transpose_rhs: bool, **_: Any) -> core.ShapedArray:
+def _abstract(
+    a: Any, b: Any, *bias: Any, out_dtype: Any, transpose_lhs: bool, transpose_rhs: bool, **_: Any
+) -> core.ShapedArray:
     return core.ShapedArray(_shape(a, b, transpose_lhs, transpose_rhs)[:3], out_dtype)
 
 
@@ -95,13 +98,17 @@ def _check_capability() -> None:
     for device in devices:
         arch = f"sm_{device.compute_capability.replace('.', '')}"
         if arch != mosaic.ARCHITECTURE:
-            raise NotImplementedError(f"bi_jax: {device.device_kind} is {arch}; there are kernels for {mosaic.ARCHITECTURE} only")
+            raise NotImplementedError(
+                f"bi_jax: {device.device_kind} is {arch}; there are kernels for {mosaic.ARCHITECTURE} only"
+            )
 
 
 def _lowering(engine: Any) -> Any:
     """The lowering that runs `engine` on everything but empty extents."""
 
-    def run(a: jax.Array, b: jax.Array, *bias: jax.Array, transpose_lhs: bool, transpose_rhs: bool, out_dtype: Any, **params: Any):
+    def run(
+        a: jax.Array, b: jax.Array, *bias: jax.Array, transpose_lhs: bool, transpose_rhs: bool, out_dtype: Any, **params: Any
+    ) -> jax.Array:
         batch, m, n, k = _shape(a, b, transpose_lhs, transpose_rhs)
         if not batch * m * n:
             return jnp.zeros((batch, m, n), out_dtype)
@@ -113,7 +120,9 @@ def _lowering(engine: Any) -> Any:
 
 
 def _unsupported(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
-    raise NotImplementedError(f"bi_jax: no GEMM for {ctx.module_context.platforms}: supported are cpu and cuda ({mosaic.ARCHITECTURE})")
+    raise NotImplementedError(
+        f"bi_jax: no GEMM for {ctx.module_context.platforms}: supported are cpu and cuda ({mosaic.ARCHITECTURE})"
+    )
 
 
 mlir.register_lowering(gemm_p, _unsupported)
@@ -129,7 +138,7 @@ def _batch(operands: tuple[jax.Array, ...], axes: tuple[int | None, ...], **para
     mapped = [axis is not None for axis in axes]
     one_bias = not bias or (not mapped[2] and bias[0].shape[:2] == (1, 1))
     if mapped[0] and not mapped[1] and b.shape[0] == 1 and one_bias and not params["transpose_lhs"]:
-        out = gemm_p.bind(a.reshape(1, -1, a.shape[-1]), b, *bias, **params)
+        out = gemm_p.bind(a.reshape(1, math.prod(a.shape[:-1]), a.shape[-1]), b, *bias, **params)
         return out.reshape(*a.shape[:-1], out.shape[-1]), 0
     inner = max(x.shape[1 if is_mapped else 0] for x, is_mapped in zip(operands, mapped, strict=True))
 
