@@ -16,16 +16,20 @@ from shared_specs import verification
 from shared_specs.formats import FloatFormat, float_format
 from shared_specs.verification import Case, Engine, Operands
 
+CPU_EVERY = 5
+"""The part of the cases that a CPU runs by default: JAX compiles every shape, for a second or so on two cores."""
 
-def engine(device: jax.Device) -> Engine:
-    """JAX's engine for `device`."""
+
+def engine(device: jax.Device, every: int | None = None) -> Engine:
+    """JAX's engine for `device`, on every `every`-th of the small cases."""
     on_gpu = device.platform == "gpu"
     return Engine(
         name="mosaic" if on_gpu else "jax cpu",
         environment={"device": device.device_kind, "jax": jax.__version__, "jaxlib": jaxlib.__version__},
         run=lambda case, operands: run(case, operands, device),
         large=on_gpu,
-        jobs=os.cpu_count() or 1,  # every shape compiles
+        every=every or (1 if on_gpu else CPU_EVERY),
+        jobs=os.cpu_count() or 1,
     )
 
 
@@ -52,8 +56,9 @@ def main() -> int:
     """Verify the device that is chosen, a GPU if there is one."""
     parser = verification.command_line("python -m bi_jax.verify", "Compare bi_jax with the reference model, bit for bit.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: JAX's own choice")
+    parser.add_argument("--every", type=int, metavar="N", help=f"run every N-th small case; default: 1, on a CPU {CPU_EVERY}")
     args = parser.parse_args()
-    return verification.main(engine(jax.local_devices(backend=args.device)[0]), args.json)
+    return verification.main(engine(jax.local_devices(backend=args.device)[0], args.every), args.json)
 
 
 if __name__ == "__main__":
