@@ -38,18 +38,20 @@ def _checked_fields(cls: type, data: Any) -> dict[str, Any]:
 class DotArithmetic:
     """How one tensor-core instruction adds K products to its accumulator.
 
-    The exact products and the accumulator are aligned to the largest exponent among them, each is truncated to
-    `fraction_bits` fractional bits, the sum is exact, and the result is truncated to float32.
+    The exact products and the accumulator are aligned to the largest exponent among them, or to `min_exponent` if that
+    is larger; each is truncated to `fraction_bits` fractional bits, the sum is exact, the result truncated to float32.
 
     Attributes:
         name: the hardware family whose arithmetic this is.
         k: products per instruction.
         fraction_bits: fractional bits kept at alignment, relative to the largest exponent.
+        min_exponent: the smallest exponent that terms are aligned to.
     """
 
     name: str
     k: int
     fraction_bits: int
+    min_exponent: int
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "DotArithmetic.name", "must not be empty")
@@ -57,7 +59,7 @@ class DotArithmetic:
         _require(0 < self.fraction_bits < 53, "DotArithmetic.fraction_bits", f"must be in 1..52, got {self.fraction_bits}")
 
 
-HOPPER_DOT = DotArithmetic(name="sm_90-wgmma", k=16, fraction_bits=25)
+HOPPER_DOT = DotArithmetic(name="sm_90-wgmma", k=16, fraction_bits=25, min_exponent=-133)
 
 
 @dataclass(frozen=True)

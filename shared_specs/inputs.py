@@ -8,7 +8,7 @@ import numpy as np
 
 from shared_specs.formats import FloatFormat
 
-KINDS = ("normal", "positive", "wide", "cancel", "subnormal", "zeros", "special", "bits")
+KINDS = ("normal", "positive", "wide", "cancel", "subnormal", "tiny", "zeros", "special", "bits")
 """What the values look like:
 
 normal: signs random, magnitudes log-distributed under 2, as in weights and activations;
@@ -16,6 +16,7 @@ positive: the same without signs, where a truncating accumulator drifts;
 wide: exponents uniform over a range that makes alignment drop bits;
 cancel: the second half of K undoes the first but for the last fraction bits;
 subnormal: A has exponent fields of 0, 1 and 2, B is normal;
+tiny: A as in subnormal, exponents of B down to 2^-40, so that products lie at the end of float32 and beyond;
 zeros: zeros of both signs, one element in four a number;
 special: normal with an infinity, a NaN or a zero in some places;
 bits: every bit random, NaN payloads and infinities included.
@@ -31,7 +32,7 @@ def gemm_inputs(kind: str, m: int, k: int, n: int, fmt: FloatFormat, seed: int) 
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: expected one of {', '.join(KINDS)}")
     a = operand_bits(kind, (m, k), fmt, 2 * seed)
-    b = operand_bits("normal" if kind == "subnormal" else kind, (k, n), fmt, 2 * seed + 1)
+    b = operand_bits({"subnormal": "normal", "tiny": "small"}.get(kind, kind), (k, n), fmt, 2 * seed + 1)
     if kind == "cancel":
         half = k // 2
         sign = fmt.storage.type(1 << (fmt.bits - 1))
@@ -53,8 +54,10 @@ def operand_bits(kind: str, shape: tuple[int, ...], fmt: FloatFormat, seed: int)
     if kind == "wide":
         reach = 7 if fmt.exponent_bits == 5 else 14
         exponent = bias - reach + choice % np.uint64(2 * reach + 1)
-    elif kind == "subnormal":
+    elif kind in ("subnormal", "tiny"):
         exponent = choice % np.uint64(3)
+    elif kind == "small":
+        exponent = bias - np.minimum(choice % np.uint64(41), np.uint64(bias))
     else:
         lowest_one = choice & (~choice + np.uint64(1))
         drop = np.where(choice == 0, np.uint64(16), np.log2(np.maximum(lowest_one, 1)).astype(np.uint64))

@@ -45,10 +45,12 @@ class GemmSchedule:
     store_split: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "block_k", "warps"):
+        for name in ("block_m", "block_n", "block_k"):
             value = getattr(self, name)
-            if value < 1 or value & (value - 1):
-                raise ValueError(f"GemmSchedule.{name} must be a power of two, got {value}")
+            if value < 1 or value % 8:
+                raise ValueError(f"GemmSchedule.{name} must be a positive multiple of 8, got {value}")
+        if self.warps < 1 or self.warps & (self.warps - 1):
+            raise ValueError(f"GemmSchedule.warps must be a power of two, got {self.warps}")
         for name in ("stages", "group_m", "store_split"):
             if getattr(self, name) < 1:
                 raise ValueError(f"GemmSchedule.{name} must be positive, got {getattr(self, name)}")

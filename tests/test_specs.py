@@ -26,6 +26,7 @@ from shared_specs.schedule import bucket
 DTYPES = tuple(FORMATS)
 POWERS = st.integers(0, 8).map(lambda e: 1 << e)
 
+EXTENTS = st.integers(1, 64).map(lambda n: 8 * n)
 splits = st.builds(
     Float32Split,
     cross=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)).filter(lambda p: p != (0, 0)), unique=True, max_size=8).map(
@@ -38,7 +39,7 @@ contracts = st.sampled_from(DTYPES).flatmap(
         GemmContract,
         operand=st.just(operand),
         dot=st.builds(
-            DotArithmetic, name=st.just("test"), k=st.sampled_from((1, 2, 4, 8, 16)), fraction_bits=st.integers(1, 52)
+            DotArithmetic, name=st.just("test"), k=st.sampled_from((1, 2, 4, 8, 16)), fraction_bits=st.integers(1, 52), min_exponent=st.integers(-200, 0)
         ),
         split=splits if operand == "float32" else st.none(),
         k_leaves=POWERS,
@@ -46,9 +47,9 @@ contracts = st.sampled_from(DTYPES).flatmap(
 )
 schedules = st.builds(
     GemmSchedule,
-    block_m=POWERS,
-    block_n=POWERS,
-    block_k=POWERS,
+    block_m=EXTENTS,
+    block_n=EXTENTS,
+    block_k=EXTENTS,
     warps=POWERS,
     stages=st.integers(1, 8),
     swap=st.booleans(),
@@ -93,7 +94,7 @@ def test_every_field_is_in_the_id(field: str) -> None:
     contract = gemm_contract("float32")
     other = {
         "dot": dataclasses.replace(HOPPER_DOT, fraction_bits=24),
-        "split": Float32Split(promote_k=32),
+        "split": Float32Split(promote_k=128),
         "k_leaves": 2,
     }[field]
     assert dataclasses.replace(contract, **{field: other}).contract_id != contract.contract_id
@@ -126,17 +127,17 @@ def test_the_schedule_follows_m_while_the_contract_stays() -> None:
         (lambda: GemmContract("bfloat16", split=Float32Split()), "GemmContract.split must be given exactly for float32"),
         (lambda: GemmContract("bfloat16", version=0), "GemmContract.version is 0, this library implements"),
         (lambda: GemmContract("float32", split=Float32Split(promote_k=24)), "must be a multiple of the dot's k = 16, got 24"),
-        (lambda: DotArithmetic("", 16, 25), "DotArithmetic.name must not be empty"),
-        (lambda: DotArithmetic("x", 12, 25), "DotArithmetic.k must be a power of two, got 12"),
-        (lambda: DotArithmetic("x", 16, 53), "DotArithmetic.fraction_bits must be in 1..52, got 53"),
+        (lambda: DotArithmetic("", 16, 25, -133), "DotArithmetic.name must not be empty"),
+        (lambda: DotArithmetic("x", 12, 25, -133), "DotArithmetic.k must be a power of two, got 12"),
+        (lambda: DotArithmetic("x", 16, 53, -133), "DotArithmetic.fraction_bits must be in 1..52, got 53"),
         (lambda: Float32Split(part="int8"), "unsupported dtype 'int8'"),
         (lambda: Float32Split(parts=0), "Float32Split.parts must be positive, got 0"),
         (lambda: Float32Split(cross=((3, 0),)), r"Float32Split.cross names a part outside 0\.\.2"),
         (lambda: Float32Split(cross=((0, 0),)), "Float32Split.cross must not repeat a product"),
         (lambda: Float32Split(cross=((1, 0), (1, 0))), "Float32Split.cross must not repeat a product"),
         (lambda: Float32Split(promote_k=0), "Float32Split.promote_k must be positive, got 0"),
-        (lambda: GemmSchedule(12, 16, 16), "GemmSchedule.block_m must be a power of two, got 12"),
-        (lambda: GemmSchedule(16, 0, 16), "GemmSchedule.block_n must be a power of two, got 0"),
+        (lambda: GemmSchedule(12, 16, 16), "GemmSchedule.block_m must be a positive multiple of 8, got 12"),
+        (lambda: GemmSchedule(16, 0, 16), "GemmSchedule.block_n must be a positive multiple of 8, got 0"),
         (lambda: GemmSchedule(16, 16, 16, stages=0), "GemmSchedule.stages must be positive, got 0"),
         (lambda: GemmSchedule(16, 16, 16, loads="dma"), "GemmSchedule.loads must be 'tma' or 'pointer', got 'dma'"),  # type: ignore[arg-type]
         (lambda: GemmSchedule(16, 16, 8).check(gemm_contract("bfloat16")), "block_k = 8 must be a multiple of"),

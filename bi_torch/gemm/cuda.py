@@ -107,6 +107,8 @@ def _plan(
         op = "mm" if tma or contract.split is not None else "mm_strided"
         schedule = gemm_schedule("triton", contract.operand, m, n, k, _architecture(out.device.index), op)
     schedule.check(contract)
+    if any(x & (x - 1) for x in (schedule.block_m, schedule.block_n, schedule.block_k)):
+        raise ValueError(f"bi_torch.gemm on CUDA: Triton's tiles are powers of two, got {schedule}")
     options = {"num_warps": schedule.warps, "num_stages": schedule.stages, "enable_fp_fusion": False}
     tiles = triton.cdiv(m, schedule.block_m) * triton.cdiv(n, schedule.block_n)
     if schedule.loads == "tma":

@@ -6,7 +6,8 @@ to outputs recorded on an H100 (tests/golden). It differs from IEEE 754 in that 
 
 1. every product is exact; its exponent is the sum of the operands' exponents, before any normalisation
    (a subnormal operand has the exponent of the smallest normal number of its format);
-2. products and accumulator are aligned to the largest exponent among them and truncated to `fraction_bits`;
+2. products and accumulator are aligned to the largest exponent among them, but to no less than `min_exponent`, and
+   truncated to `fraction_bits` fractional bits;
 3. the aligned values are added exactly;
 4. the sum is truncated to float32 (below 2^-126 to a multiple of 2^-149); what truncates to zero is +0,
    and what reaches 2^128 is an infinity;
@@ -41,8 +42,7 @@ def dot(a: np.ndarray, b: np.ndarray, acc: np.ndarray, operand: FloatFormat, ari
         products = a[..., :, :, None].astype(np.float64) * b[..., None, :, :].astype(np.float64)
         terms = np.concatenate([products, acc[..., :, None, :].astype(np.float64)], axis=-2)
         exponents = _exponent(a, operand)[..., :, :, None] + _exponent(b, operand)[..., None, :, :]
-        largest = np.maximum(exponents.max(axis=-2), _exponent(acc, FLOAT32))
-        largest = np.where(largest < _NO_EXPONENT // 2, 0, largest)
+        largest = np.maximum(exponents.max(axis=-2), np.maximum(_exponent(acc, FLOAT32), arithmetic.min_exponent))
 
         finite = np.isfinite(terms)
         to_fixed_point = np.ldexp(1.0, arithmetic.fraction_bits - largest)

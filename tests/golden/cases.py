@@ -10,7 +10,7 @@ from shared_specs.formats import FLOAT32, FloatFormat, float_format
 from shared_specs.inputs import KINDS, gemm_inputs, operand_bits
 
 FILE = Path(__file__).with_name("h100.npz")
-ACCUMULATORS = ("none", "zeros", "normal", "wide", "bits")
+ACCUMULATORS = ("none", "zeros", "normal", "wide", "subnormal", "bits")
 """What one recorded instruction adds to: nothing (issued without an accumulator), or float32 values of a kind."""
 
 
