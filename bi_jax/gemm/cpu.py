@@ -3,7 +3,8 @@
 XLA flushes float32 subnormals, contracts products with sums and rewrites chains of constants, differently in every
 surrounding program. None of that reaches the bits here: all values are float64 or integers, every float64 operation of a
 dot instruction is exact (products of operands, scalings by powers of two, sums of integers below 2**53), and truncation
-and rounding act on the integers that the float64 bits are. Operands and results pass as bit patterns.
+and rounding act on the integers that the float64 bits are. Operands become integers before anything moves them: XLA
+pads a bfloat16 array by way of float32, and flushes on the way.
 """
 
 import functools
@@ -56,10 +57,10 @@ def gemm(
         by_alpha, by_beta = (np.float64(np.float32(x)) for x in (alpha, beta))
     with jax.enable_x64(True):
         # A float32 product is exact in float64, and 53 bits are enough (2 * 24 + 2) for rounding a sum twice to be harmless.
-        result = _round(_accumulate(a, b, contract) * by_alpha)
+        result = _round(_accumulate(_bits(a), _bits(b), contract) * by_alpha)
         if bias is not None and by_beta != 0:
-            result = _round(result + _round(_decode(bias) * by_beta))
-        return _encode(result, jnp.dtype(out_dtype))
+            result = _round(result + _round(_decode(_bits(bias), float_format(bias.dtype.name)) * by_beta))
+        return lax.bitcast_convert_type(_encode(result, float_format(jnp.dtype(out_dtype).name)), out_dtype)
 
 
 def _accumulate(a: jax.Array, b: jax.Array, contract: GemmContract) -> jax.Array:
@@ -110,13 +111,14 @@ def _zero_fill(x: jax.Array, axis: int, multiple: int) -> jax.Array:
 def _chain(a: jax.Array, b: jax.Array, contract: GemmContract) -> jax.Array:
     """One chain of dot instructions over the whole K, from +0: float32 accumulators as float64."""
     dot = contract.dot
+    fmt = float_format(contract.operand if contract.split is None else contract.split.part)
     a, b = _zero_fill(a, 2, dot.k), _zero_fill(b, 1, dot.k)
 
     def step(i: jax.Array, acc: jax.Array) -> jax.Array:
         x = lax.dynamic_slice_in_dim(a, i * dot.k, dot.k, axis=2)
         y = lax.dynamic_slice_in_dim(b, i * dot.k, dot.k, axis=1)
         # Behind the barrier the slices are decoded once, not once for every output that reads them.
-        decoded = lax.optimization_barrier((_decode(x), _exponent(x), _decode(y), _exponent(y)))
+        decoded = lax.optimization_barrier((_decode(x, fmt), _exponent(x, fmt), _decode(y, fmt), _exponent(y, fmt)))
         return _instruction(acc, *decoded, dot)
 
     acc = jnp.zeros((a.shape[0], a.shape[1], b.shape[2]), jnp.float64)
@@ -129,10 +131,13 @@ def _split_chain(a: jax.Array, b: jax.Array, contract: GemmContract) -> jax.Arra
     assert rule is not None
     a, b = _zero_fill(a, 2, rule.promote_k), _zero_fill(b, 1, rule.promote_k)
 
+    def parts(bits: jax.Array, i: jax.Array, axis: int) -> list[jax.Array]:
+        chunk = lax.dynamic_slice_in_dim(bits, i * rule.promote_k, rule.promote_k, axis)
+        return [_bits(part) for part in split(lax.bitcast_convert_type(chunk, jnp.float32), rule)]
+
     def promote(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         high, cross = totals
-        left = split(lax.dynamic_slice_in_dim(a, i * rule.promote_k, rule.promote_k, axis=2), rule)
-        right = split(lax.dynamic_slice_in_dim(b, i * rule.promote_k, rule.promote_k, axis=1), rule)
+        left, right = parts(a, i, 2), parts(b, i, 1)
         # Products of parts, one after the other, are one chain over the parts laid end to end.
         x = lax.optimization_barrier(jnp.concatenate([left[i] for i, _ in rule.cross], axis=2))
         y = lax.optimization_barrier(jnp.concatenate([right[j] for _, j in rule.cross], axis=1))
@@ -186,26 +191,20 @@ def _power(exponent: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((exponent + F64_BIAS).astype(jnp.int64) << F64_MANTISSA, jnp.float64)
 
 
-def _format(x: jax.Array) -> FloatFormat:
-    return float_format(x.dtype.name)
-
-
 def _bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.int16 if x.dtype.itemsize == 2 else jnp.int32).astype(jnp.int32)
+    return lax.bitcast_convert_type(x, jnp.int16 if x.dtype.itemsize == 2 else jnp.int32)
 
 
-def _exponent(x: jax.Array) -> jax.Array:
+def _exponent(bits: jax.Array, fmt: FloatFormat) -> jax.Array:
     """The exponents that the instruction sees, int32: a subnormal has that of the smallest normal."""
-    fmt, bits = _format(x), _bits(x)
-    magnitude = bits & fmt.nan
+    magnitude = bits.astype(jnp.int32) & fmt.nan
     exponent = jnp.maximum(magnitude >> fmt.mantissa_bits, 1) + (fmt.min_exponent - 1)
     return jnp.where(magnitude == 0, ZERO_EXPONENT, exponent)
 
 
-def _decode(x: jax.Array) -> jax.Array:
-    """float64 values, by integers: XLA's own conversion flushes subnormals."""
-    fmt, bits = _format(x), _bits(x)
-    magnitude = bits & fmt.nan
+def _decode(bits: jax.Array, fmt: FloatFormat) -> jax.Array:
+    """float64 values."""
+    magnitude = bits.astype(jnp.int32) & fmt.nan
     field = jnp.maximum(magnitude >> fmt.mantissa_bits, 1)
     significand = magnitude - ((field - 1) << fmt.mantissa_bits)
     values = significand.astype(jnp.float64) * _power(field + (fmt.min_exponent - 1 - fmt.mantissa_bits))
@@ -214,9 +213,8 @@ def _decode(x: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, -values, values)
 
 
-def _encode(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """float64 values rounded once, to nearest even, to `dtype`; every NaN as the canonical pattern."""
-    fmt = float_format(dtype.name)
+def _encode(x: jax.Array, fmt: FloatFormat) -> jax.Array:
+    """Bits of float64 values rounded once, to nearest even, to `fmt`; every NaN as the canonical pattern."""
     bits = lax.bitcast_convert_type(x, jnp.int64)
     field = _field(x).astype(jnp.int64)
     smallest = F64_BIAS + fmt.min_exponent
@@ -228,10 +226,9 @@ def _encode(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     infinity = ((1 << fmt.exponent_bits) - 1) << fmt.mantissa_bits
     magnitude = jnp.minimum(significand + (jnp.maximum(field - smallest, 0) << fmt.mantissa_bits), infinity)
     signed = jnp.where(bits < 0, magnitude | (1 << (fmt.bits - 1)), magnitude)
-    stored = jnp.where(jnp.isnan(x), fmt.nan, signed).astype(fmt.storage)
-    return lax.bitcast_convert_type(stored, dtype)
+    return jnp.where(jnp.isnan(x), fmt.nan, signed).astype(fmt.storage)
 
 
 def _round(x: jax.Array) -> jax.Array:
     """float64 values rounded to nearest even in float32, as float64."""
-    return _decode(_encode(x, jnp.dtype(jnp.float32)))
+    return _decode(_encode(x, FLOAT32).astype(jnp.int32), FLOAT32)
