@@ -176,17 +176,17 @@ class Plan:
     @property
     def piece(self) -> int:
         """Columns that the epilogue stores at a time."""
-        return min(self.cols, SWIZZLE // self.out_dtype.itemsize)
+        return math.gcd(self.cols, SWIZZLE // self.out_dtype.itemsize)
 
     @property
     def out_slots(self) -> int:
-        """Pieces of a warpgroup that may be on their way to memory."""
-        return min(2, self.cols // self.piece)
+        """Pieces of a warpgroup that may be on their way to memory; tile after tile, they take turns in shared memory."""
+        return 2 if self.cols // self.piece % 2 == 0 else 1
 
     @property
     def bias_shape(self) -> tuple[int, int]:
-        """A warpgroup's bias in shared memory: a piece, or all its columns (of at least 128 bytes)."""
-        return (self.rows, self.piece) if self.bias_rows else (1, max(self.cols, SWIZZLE // self.bias_dtype.itemsize))
+        """A warpgroup's bias in shared memory: a piece, or all its columns (to a multiple of 128 bytes)."""
+        return (self.rows, self.piece) if self.bias_rows else (1, _round_up(self.cols, SWIZZLE // self.bias_dtype.itemsize))
 
     @property
     def accumulators(self) -> int:
@@ -231,8 +231,10 @@ class Plan:
             raise ValueError(f"Mosaic schedules load by TMA and need no swap, got swap={s.swap}, loads={s.loads!r}")
         if s.warps not in (4, 8):
             raise ValueError(f"Mosaic schedules compute with 4 or 8 warps, got {s.warps}")
-        if not (8 <= s.block_m <= 256 and 16 <= s.block_n <= 256 and self.cols >= 16):
-            raise ValueError(f"a tile must be 8..256 by 16..256, 16 columns a warpgroup, got {s.block_m} by {s.block_n}")
+        if not (8 <= s.block_m <= 256 and 16 <= s.block_n <= 256 and self.cols % 16 == 0):
+            raise ValueError(f"a tile must be 8..256 by 16..256, 16 j columns a warpgroup, got {s.block_m} by {s.block_n}")
+        if s.block_m % 8 or self.rows % ROWS:
+            raise ValueError(f"block_m must be a multiple of 8, or of {ROWS} a warpgroup above that, got {s.block_m}")
         if self.accumulators > 192:
             raise ValueError(f"{self.accumulators} accumulator registers a thread do not fit, tile {s.block_m} by {s.block_n}")
         if self.shared_memory() > SHARED_MEMORY:
@@ -260,10 +262,10 @@ def plan(
         ValueError: the schedule does not fit the contract, the registers or the shared memory.
     """
     if transpose_lhs:
-        schedule = dataclasses.replace(schedule, block_m=max(schedule.block_m, ROWS))
+        schedule = dataclasses.replace(schedule, block_m=_round_up(schedule.block_m, ROWS))
     if not transpose_rhs:
         wgs = 1 if schedule.block_m >= ROWS * schedule.warps // 4 else schedule.warps // 4
-        schedule = dataclasses.replace(schedule, block_n=max(schedule.block_n, ROWS * wgs))
+        schedule = dataclasses.replace(schedule, block_n=_round_up(schedule.block_n, ROWS * wgs))
     out = jnp.dtype(out_dtype or contract.operand)
     bias = None if bias_dtype is None else jnp.dtype(bias_dtype)
     made = Plan(contract, schedule, transpose_lhs, transpose_rhs, out, alpha, beta, bias, bias_rows)
