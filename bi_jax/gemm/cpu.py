@@ -25,7 +25,6 @@ BLOCK_ROWS = 16  # but at least so many rows, which share the decoding of B
 
 F64_BIAS, F64_MANTISSA, F64_FIELD = 1023, 52, 0x7FF
 ZERO_EXPONENT = -(1 << 13)  # exponent given to zeros: never the largest beside a nonzero term
-LEAST_EXPONENT = -400  # below every product's exponent, and its power of two is a normal float64
 
 
 @functools.partial(jax.jit, static_argnames=("alpha", "beta", "contract", "out_dtype"))
@@ -157,7 +156,8 @@ def _instruction(
     """One dot instruction on acc [B, M, N], a [B, M, k], b [B, k, N], float64 and exact up to its truncations."""
     field = _field(acc)
     # A subnormal accumulator has the exponent of the smallest normal, a zero has none.
-    largest = jnp.where(field == 0, LEAST_EXPONENT, jnp.maximum(field - F64_BIAS, FLOAT32.min_exponent))
+    own = jnp.where(field == 0, ZERO_EXPONENT, jnp.maximum(field - F64_BIAS, FLOAT32.min_exponent))
+    largest = jnp.maximum(own, dot.min_exponent)
     for k in range(dot.k):
         largest = jnp.maximum(largest, a_exponent[:, :, k, None] + b_exponent[:, k, None, :])
     scale = _power(dot.fraction_bits - largest)

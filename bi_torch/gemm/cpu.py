@@ -24,7 +24,6 @@ SLAB_OPERANDS = 1 << 17  # operand elements decoded at a time
 F64_BIAS, F64_MANTISSA = 1023, 52
 F64_EXPONENT = 0x7FF << F64_MANTISSA
 ZERO_EXPONENT = -(1 << 13)  # exponent given to zeros: never the largest beside a nonzero product
-LEAST_EXPONENT = -400  # below every product's exponent, and its power of two is a normal float64
 
 
 @torch.no_grad()
@@ -53,7 +52,7 @@ def gemm(
         [B, M, N] of `out_dtype`, contiguous.
     """
     shape = (a.shape[0], a.shape[1], b.shape[2])
-    out = torch.empty(shape, dtype=out_dtype, device="cpu")
+    out = _empty(shape, out_dtype)
     by_alpha, by_beta = (_round(torch.tensor(x, dtype=F64, device="cpu")) for x in (alpha, beta))
     terms = None if bias is None or by_beta == 0 else bias.expand(shape)
     for tile in _tiles(shape):
@@ -103,7 +102,7 @@ def _split_chain(a: Tensor, b: Tensor, contract: GemmContract) -> Tensor:
     rule, dot = contract.split, contract.dot
     assert rule is not None
     careful = not _ordinary(a, b, contract)
-    high = torch.zeros((a.shape[0], a.shape[1], b.shape[2]), dtype=F64)
+    high = _empty((a.shape[0], a.shape[1], b.shape[2]), F64).zero_()
     cross = torch.zeros_like(high)
     for x, y in _slabs(a, b, rule.promote_k):
         # Chunks of promote_k are independent until they are promoted: work on a slab's chunks side by side.
@@ -170,13 +169,13 @@ class _Accumulators:
         self.transposed = n < m  # the longer side is the contiguous one
         shape = (chains, n, m) if self.transposed else shape
         self.dot, self.careful = dot, careful
-        self.terms = torch.empty((dot.k + 1, *shape), dtype=F64)  # the products, and the accumulator as the last term
+        self.terms = _empty((dot.k + 1, *shape), F64)  # the products, and the accumulator as the last term
         self.products, self.acc = self.terms[:-1], self.terms[-1].zero_()
-        self.sums = torch.empty(shape, dtype=F64)
-        self.exponents = torch.empty((dot.k, *shape), dtype=torch.int16)
-        self.largest = torch.empty(shape, dtype=torch.int16)
-        self.own = torch.empty(shape, dtype=I64)
-        self.scale = torch.empty(shape, dtype=I64)
+        self.sums = _empty(shape, F64)
+        self.exponents = _empty((dot.k, *shape), torch.int16)
+        self.largest = _empty(shape, torch.int16)
+        self.own = _empty(shape, I64)
+        self.scale = _empty(shape, I64)
 
     def values(self) -> Tensor:
         """The accumulators, [L, M, N]."""
@@ -195,7 +194,7 @@ class _Accumulators:
     def _instruction(self) -> None:
         # Bits of 2**e, e the largest exponent among the nonzero terms. The accumulator's is its own exponent field.
         torch.amax(self.exponents, 0, out=self.largest)
-        largest = self.scale.copy_(self.largest.clamp_(min=LEAST_EXPONENT)).add_(F64_BIAS)
+        largest = self.scale.copy_(self.largest.clamp_(min=self.dot.min_exponent)).add_(F64_BIAS)
         largest.bitwise_left_shift_(F64_MANTISSA)
         own = torch.bitwise_and(self.acc.view(I64), F64_EXPONENT, out=self.own)
         if self.careful:  # a subnormal has the exponent of the smallest normal, a zero has none
@@ -254,6 +253,10 @@ def _exponent_range(x: Tensor) -> tuple[int, int]:
         low = min(low, int(magnitude.sub_(1).bitwise_and_(fmt.nan).amin()) + 1)  # zeros wrap to the largest
     bias = 1 - fmt.min_exponent
     return (low >> fmt.mantissa_bits) - bias, (high >> fmt.mantissa_bits) - bias
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default device
 
 
 def _format(dtype: torch.dtype) -> FloatFormat:

@@ -1,0 +1,287 @@
+"""The CPU engines of both frameworks against the reference model: not one bit may differ."""
+
+import contextlib
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from bi_jax.gemm import cpu as jax_cpu
+from bi_torch.gemm import cpu as torch_cpu
+from shared_specs import gemm_contract
+from shared_specs.formats import FORMATS, float_format
+from shared_specs.inputs import KINDS, gemm_inputs, operand_bits
+from shared_specs.reference import gemm as reference
+from tests.arrays import DTYPES, to_bits, to_torch
+
+
+def run_torch(a, b, contract, *, bias_bits=None, bias_format=None, alpha=1.0, beta=1.0, out_format=None):
+    fmt = float_format(contract.operand)
+    bias = None if bias_bits is None else to_torch(bias_bits, bias_format or fmt)
+    out_dtype = DTYPES[(out_format or fmt).name]
+    x, y = to_torch(a, fmt), to_torch(b, fmt)
+    return to_bits(torch_cpu.gemm(x, y, bias, alpha=alpha, beta=beta, contract=contract, out_dtype=out_dtype))
+
+
+def to_jax(bits, fmt):
+    return jnp.asarray(bits.view(jnp.dtype(fmt.name)))
+
+
+def run_jax(a, b, contract, *, bias_bits=None, bias_format=None, alpha=1.0, beta=1.0, out_format=None):
+    fmt = float_format(contract.operand)
+    out_format = out_format or fmt
+    bias = None if bias_bits is None else to_jax(bias_bits, bias_format or fmt)
+    x, y = to_jax(a, fmt), to_jax(b, fmt)
+    out = jax_cpu.gemm(x, y, bias, alpha=alpha, beta=beta, contract=contract, out_dtype=jnp.dtype(out_format.name))
+    return np.asarray(out).view(out_format.storage)
+
+
+ENGINES = {"torch": run_torch, "jax": run_jax}
+engines = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+dtypes = pytest.mark.parametrize("dtype", FORMATS)
+
+
+def check(engine, a, b, contract, **kwargs):
+    np.testing.assert_array_equal(engine(a, b, contract, **kwargs), reference(a, b, contract, **kwargs))
+
+
+def every_kind(m, k, n, fmt, seed=0):
+    """One matrix product of each kind of input, as a batch."""
+    pairs = [gemm_inputs(kind, m, k, n, fmt, seed) for kind in KINDS]
+    return tuple(np.stack(side) for side in zip(*pairs, strict=True))
+
+
+def near(exponent, shape, fmt, seed):
+    """Random numbers with exponents around `exponent`, beyond the format's range on either side too."""
+    rng = np.random.default_rng(seed)
+    with np.errstate(over="ignore", under="ignore"):
+        return fmt.encode(np.ldexp(rng.standard_normal(shape), exponent + rng.integers(-6, 7, shape)).astype(np.float32))
+
+
+@engines
+@dtypes
+@pytest.mark.parametrize("k", [0, 1, 15, 16, 17, 31, 63, 64, 65, 1000])
+def test_every_kind_of_input(engine, dtype, k):
+    fmt = float_format(dtype)
+    check(engine, *every_kind(3, k, 5, fmt, seed=k), gemm_contract(dtype), out_format=FORMATS["float32"])
+
+
+@engines
+@dtypes
+@pytest.mark.parametrize(
+    ("batch", "m", "n"), [(1, 1, 1), (2, 1, 70), (2, 70, 1), (3, 33, 17), (1, 17, 130), (0, 2, 3), (2, 0, 3), (2, 3, 0)]
+)
+def test_shapes(engine, dtype, batch, m, n):
+    fmt = float_format(dtype)
+    a, b = operand_bits("normal", (batch, m, 40), fmt, 1), operand_bits("normal", (batch, 40, n), fmt, 2)
+    check(engine, a, b, gemm_contract(dtype))
+
+
+@engines
+@dtypes
+def test_sums_that_underflow_or_overflow(engine, dtype):
+    fmt = float_format(dtype)
+    least, most = fmt.min_exponent, 1 - fmt.min_exponent
+    exponents = [(least, 0), (least // 2, least // 2), (-149 - least, least), (-120 - least, least), (most, 0)]
+    exponents += [(most // 2, most // 2), (most, most), (least, most)]
+    a = np.stack([near(x, (6, 50), fmt, i) for i, (x, _) in enumerate(exponents)])
+    b = np.stack([near(y, (50, 7), fmt, i + 100) for i, (_, y) in enumerate(exponents)])
+    check(engine, a, b, gemm_contract(dtype), out_format=FORMATS["float32"])
+
+
+@engines
+@dtypes
+@pytest.mark.parametrize(
+    ("alpha", "beta", "out"),
+    [
+        (0.7, -1.3, "operand"),
+        (-1.0, 1.0, "float32"),
+        (1e-38, 1e-30, "float32"),
+        (2.0**127, 0.0, "operand"),
+        (3.0, 1e-60, "operand"),
+    ],
+)
+def test_epilogue(engine, dtype, alpha, beta, out):
+    fmt = float_format(dtype)
+    a, b = every_kind(4, 20, 5, fmt)
+    for bias_format in {fmt, FORMATS["float32"]}:
+        bias = operand_bits("bits", (4, 5), bias_format, 3)
+        out_format = fmt if out == "operand" else float_format(out)
+        kwargs = {"alpha": alpha, "beta": beta, "out_format": out_format}
+        check(engine, a, b, gemm_contract(dtype), bias_bits=bias, bias_format=bias_format, **kwargs)
+
+
+@engines
+@dtypes
+def test_output_is_rounded_once_subnormals_included(engine, dtype):
+    fmt = float_format(dtype)
+    a = near(fmt.min_exponent + 2, (1, 64, 1), FORMATS[dtype], 1)
+    b = near(0, (1, 1, 64), fmt, 2)
+    for alpha in (1.0, 2.0**-8, 2.0**20):
+        check(engine, a, b, gemm_contract(dtype), alpha=alpha)
+
+
+@engines
+@dtypes
+def test_k_leaves(engine, dtype):
+    fmt = float_format(dtype)
+    for k in (8, 150):
+        check(engine, *every_kind(2, k, 3, fmt), gemm_contract(dtype, k_leaves=4))
+
+
+@dtypes
+def test_blocks_do_not_matter(dtype, monkeypatch):
+    fmt, contract = float_format(dtype), gemm_contract(dtype)
+    a, b = operand_bits("wide", (5, 37, 70), fmt, 1), operand_bits("wide", (5, 70, 41), fmt, 2)
+    expected = reference(a, b, contract)
+    for outputs, columns, slab in ((64, 8, 1), (3000, 512, 4000), (20000, 16, 1 << 20)):
+        monkeypatch.setattr(torch_cpu, "TILE_OUTPUTS", outputs)
+        monkeypatch.setattr(torch_cpu, "TILE_COLUMNS", columns)
+        monkeypatch.setattr(torch_cpu, "SLAB_OPERANDS", slab)
+        np.testing.assert_array_equal(run_torch(a, b, contract), expected)
+    monkeypatch.setattr(jax_cpu, "BLOCK_OUTPUTS", 3000)
+    monkeypatch.setattr(jax_cpu, "BLOCK_ROWS", 4)
+    np.testing.assert_array_equal(run_jax(a, b, contract), expected)
+
+
+@dtypes
+def test_torch_reads_any_strides(dtype):
+    fmt, contract = float_format(dtype), gemm_contract(dtype)
+    a, b = to_torch(operand_bits("wide", (4, 18, 66), fmt, 1), fmt), to_torch(operand_bits("wide", (4, 66, 24), fmt, 2), fmt)
+
+    def gemm(x, y):
+        return to_bits(torch_cpu.gemm(x, y, None, alpha=1.0, beta=1.0, contract=contract, out_dtype=x.dtype))
+
+    views = [
+        (a.mT.contiguous().mT, b.mT.contiguous().mT),
+        (a[:, ::2, 1:60], b[:, 1:60, ::3]),
+        (a[:1].expand(4, -1, -1), b),
+        (a.movedim(0, 1).contiguous().movedim(1, 0), b[..., 5:6].expand(-1, -1, 9)),
+    ]
+    for x, y in views:
+        np.testing.assert_array_equal(gemm(x, y), gemm(x.contiguous(), y.contiguous()))
+
+
+@dtypes
+def test_torch_paths_agree(dtype, monkeypatch):
+    """Whether subnormals and infinities are provided for must not matter where there are none."""
+    fmt, contract = float_format(dtype), gemm_contract(dtype)
+    a, b = operand_bits("normal", (2, 20, 200), fmt, 1), operand_bits("normal", (2, 200, 30), fmt, 2)
+    assert torch_cpu._ordinary(to_torch(a, fmt), to_torch(b, fmt), contract)
+    lean = run_torch(a, b, contract)
+    monkeypatch.setattr(torch_cpu, "_ordinary", lambda *_: False)
+    np.testing.assert_array_equal(run_torch(a, b, contract), lean)
+
+
+@contextlib.contextmanager
+def flush_denormal():
+    assert torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@contextlib.contextmanager
+def default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "state",
+    [
+        flush_denormal,
+        default_dtype,
+        deterministic,
+        one_thread,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+    ],
+    ids=["flush_denormal", "default_dtype", "deterministic", "one_thread", "inference_mode", "autocast", "default_device"],
+)
+def test_torch_state_does_not_matter(dtype, state):
+    fmt, contract = float_format(dtype), gemm_contract(dtype)
+    a, b = every_kind(20, 100, 30, fmt)
+    bias = operand_bits("subnormal", (30,), fmt, 5)
+    kwargs = {"bias_bits": bias, "alpha": 2.0**-140, "beta": 0.5, "out_format": FORMATS["float32"]}
+    expected = run_torch(a, b, contract, **kwargs)
+    with state():
+        actual = run_torch(a, b, contract, **kwargs)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_torch_takes_tensors_that_require_gradients():
+    a = torch.ones(1, 2, 3, requires_grad=True)
+    out = torch_cpu.gemm(
+        a, torch.ones(1, 3, 4), None, alpha=1.0, beta=1.0, contract=gemm_contract("float32"), out_dtype=a.dtype
+    )
+    assert torch.equal(out, torch.full((1, 2, 4), 3.0))
+    assert not out.requires_grad
+
+
+@dtypes
+def test_jax_surroundings_do_not_matter(dtype):
+    """The same bits alone, fused into another program, under vmap, in a scan and with 64-bit types enabled."""
+    fmt, contract = float_format(dtype), gemm_contract(dtype)
+    a, b = (to_jax(x, fmt) for x in every_kind(4, 70, 6, fmt))
+    bias = to_jax(operand_bits("subnormal", (6,), fmt, 5), fmt)
+
+    def gemm(x, y):
+        return jax_cpu.gemm(x, y, bias, alpha=0.7, beta=3.0, contract=contract, out_dtype=jnp.dtype(dtype))
+
+    def bits(x):
+        return np.asarray(x).view(fmt.storage)
+
+    expected = bits(gemm(a, b))
+
+    @jax.jit
+    def program(x, y):
+        x, y = jnp.flip(jnp.swapaxes(x, 1, 2), 0) * 1, jnp.flip(y, 0)
+        out = gemm(jnp.swapaxes(x, 1, 2), y)
+        return jnp.flip(out, 0), jnp.sum(out * 3 + 1 - out / 7)
+
+    exact = jnp.where(jnp.isfinite(a) & (jnp.abs(a) >= jnp.finfo(a.dtype).tiny), a, 0)  # the product with 1 flushes subnormals
+    np.testing.assert_array_equal(bits(program(exact, b)[0]), bits(gemm(exact, b)))
+    np.testing.assert_array_equal(bits(jax.vmap(lambda x, y: gemm(x[None], y[None])[0])(a, b)), expected)
+    np.testing.assert_array_equal(bits(jax.lax.map(lambda ab: gemm(ab[0][None], ab[1][None])[0], (a, b))), expected)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(bits(gemm(a, b)), expected)
+
+
+def test_numbers_come_from_the_contract():
+    """Another tensor-core arithmetic is another contract: the engines hold no number of their own."""
+    fmt = float_format("bfloat16")
+    base = gemm_contract("bfloat16")
+    contract = replace(base, dot=replace(base.dot, name="test", k=8, fraction_bits=13))
+    a, b = every_kind(3, 70, 4, fmt)
+    assert np.any(reference(a, b, contract) != reference(a, b, base))
+    for engine in ENGINES.values():
+        check(engine, a, b, contract)
