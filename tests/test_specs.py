@@ -39,7 +39,11 @@ contracts = st.sampled_from(DTYPES).flatmap(
         GemmContract,
         operand=st.just(operand),
         dot=st.builds(
-            DotArithmetic, name=st.just("test"), k=st.sampled_from((1, 2, 4, 8, 16)), fraction_bits=st.integers(1, 52), min_exponent=st.integers(-200, 0)
+            DotArithmetic,
+            name=st.just("test"),
+            k=st.sampled_from((1, 2, 4, 8, 16)),
+            fraction_bits=st.integers(1, 52),
+            min_exponent=st.integers(-200, 0),
         ),
         split=splits if operand == "float32" else st.none(),
         k_leaves=POWERS,
