@@ -107,8 +107,8 @@ def _plan(
         op = "mm" if tma or contract.split is not None else "mm_strided"
         schedule = gemm_schedule("triton", contract.operand, m, n, k, _architecture(out.device.index), op)
     schedule.check(contract)
-    if any(x & (x - 1) for x in (schedule.block_m, schedule.block_n, schedule.block_k)):
-        raise ValueError(f"bi_torch.gemm on CUDA: Triton's tiles are powers of two, got {schedule}")
+    if _rest(schedule.block_m) or _rest(schedule.block_k) or _rest(_rest(schedule.block_n)):
+        raise ValueError(f"bi_torch.gemm on CUDA: block_m and block_k must be powers of two, block_n a sum of two, got {schedule}")
     options = {"num_warps": schedule.warps, "num_stages": schedule.stages, "enable_fp_fusion": False}
     tiles = triton.cdiv(m, schedule.block_m) * triton.cdiv(n, schedule.block_n)
     if schedule.loads == "tma":
@@ -118,10 +118,17 @@ def _plan(
             )
         programs = min(tiles, _multiprocessors(out.device.index)) if schedule.persistent else tiles
         return _Plan(triton_kernels.gemm_tma, (programs, 1, 1), _tma_arguments(a, b, bias, out, scale, schedule), options)
+    if _rest(schedule.block_n):
+        raise ValueError(f"bi_torch.gemm on CUDA: without tensor maps block_n must be a power of two, got {schedule.block_n}")
     if contract.split is not None and schedule.block_k != contract.split.promote_k:
         raise ValueError(f"bi_torch.gemm on CUDA: float32 needs block_k = {contract.split.promote_k}, got {schedule.block_k}")
     kernel = triton_kernels.gemm_pointer if contract.split is None else triton_kernels.gemm_split
     return _Plan(kernel, (tiles * batch, 1, 1), _pointer_arguments(a, b, bias, out, scale, schedule, contract), options)
+
+
+def _rest(extent: int) -> int:
+    """What `extent` is more than a power of two."""
+    return extent - (1 << extent.bit_length() - 1) if extent else 0
 
 
 def _batched(x: torch.Tensor) -> torch.Tensor:
@@ -135,20 +142,25 @@ def _tma_arguments(
     m, n, k = a.shape[1], b.shape[2], a.shape[2]
     a_is_km, b_is_nk = _tma_major(a) == 1, _tma_major(b) == 1
     store_tma = _tma_major(out) == 2
-    block_m, block_n, block_k = schedule.block_m, schedule.block_n, schedule.block_k
+    block_m, block_k, rest_n = schedule.block_m, schedule.block_k, _rest(schedule.block_n)
+    block_n = schedule.block_n - rest_n
+    piece_n = (rest_n or block_n) // schedule.store_split
     a_map = _tensor_map(a, (2, 1) if a_is_km else (1, 2), (block_k, block_m) if a_is_km else (block_m, block_k))
-    b_map = _tensor_map(b, (2, 1) if b_is_nk else (1, 2), (block_n, block_k) if b_is_nk else (block_k, block_n))
-    out_map = _tensor_map(out, (1, 2), (block_m, block_n // schedule.store_split)) if store_tma else None
+    b_dims = (2, 1) if b_is_nk else (1, 2)
+    b_map = _tensor_map(b, b_dims, (block_n, block_k) if b_is_nk else (block_k, block_n))
+    rest_map = _tensor_map(b, b_dims, (rest_n, block_k) if b_is_nk else (block_k, rest_n)) if rest_n else None
+    out_map = _tensor_map(out, (1, 2), (block_m, piece_n)) if store_tma else None
     out_strides = (out.stride(1), out.stride(2))
     bias_strides = (bias.stride(1), bias.stride(2)) if bias is not None else (0, 0)
     constants = (
-        a_is_km, b_is_nk, scale, bias is not None, store_tma, block_m, block_n, block_k,
-        schedule.swap, schedule.group_m, schedule.store_split, schedule.persistent,
+        a_is_km, b_is_nk, scale, bias is not None, store_tma, block_m, block_n, rest_n, block_k,
+        schedule.swap, schedule.group_m, piece_n, schedule.persistent,
     )  # fmt: skip
 
     def arguments(a: Any, b: Any, bias: Any, out: Any, alpha: float, beta: float) -> tuple[Any, ...]:
         return (
-            a_map.of(a), b_map.of(b), None if out_map is None else out_map.of(out), out if out_map is None else None, bias,
+            a_map.of(a), b_map.of(b), None if rest_map is None else rest_map.of(b),
+            None if out_map is None else out_map.of(out), out if out_map is None else None, bias,
             alpha, beta, m, n, k, *out_strides, *bias_strides, *constants,
         )  # fmt: skip
 

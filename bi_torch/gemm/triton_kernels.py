@@ -64,56 +64,67 @@ def _epilogue(
 
 @triton.jit
 def gemm_tma(
-    a_desc, b_desc, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, K,
+    a_desc, b_desc, b_rest_desc, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, K,
     stride_out_m, stride_out_n, stride_bias_m, stride_bias_n,
     A_IS_KM: tl.constexpr, B_IS_NK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, STORE_TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, GROUP_M: tl.constexpr, STORE_SPLIT: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr, GROUP_M: tl.constexpr, PIECE_N: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """A program walks over output tiles [BLOCK_M, BLOCK_N] with stride num_programs; tensor maps zero-fill every edge.
+    """A program walks over output tiles [BLOCK_M, BLOCK_N + REST_N]; tensor maps zero-fill every edge.
 
     A is stored [M, K] or (A_IS_KM) [K, M]; B is stored [K, N] or (B_IS_NK) [N, K]. With SWAP the tensor core computes
-    the transposed tile, so that few rows of A still fill its 64-row side with columns of B.
+    the transposed tile, so that few rows of A still fill its 64-row side with columns of B. Triton's tiles are powers of
+    two: REST_N, a second and narrower one beside the first, gives widths such as 128 + 64, which fill the last wave of SMs
+    where 128 and 256 would leave some idle. Tiles are stored PIECE_N columns at a time.
     """
     tiles_m = _cdiv(M, BLOCK_M)
-    tiles_n = _cdiv(N, BLOCK_N)
+    tiles_n = _cdiv(N, BLOCK_N + REST_N)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = _tile(index, tiles_m, tiles_n, GROUP_M)
         m0 = tile_m * BLOCK_M
-        n0 = tile_n * BLOCK_N
+        n0 = tile_n * (BLOCK_N + REST_N)
         acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
+        if REST_N:
+            rest = _zeros(BLOCK_M, REST_N, SWAP)
         for k0 in range(0, K, BLOCK_K):
             a = a_desc.load([k0, m0]).T if A_IS_KM else a_desc.load([m0, k0])
             b = b_desc.load([n0, k0]).T if B_IS_NK else b_desc.load([k0, n0])
             acc = tl.dot(b.T, a.T, acc) if SWAP else tl.dot(a, b, acc)
+            if REST_N:
+                b = b_rest_desc.load([n0 + BLOCK_N, k0]).T if B_IS_NK else b_rest_desc.load([k0, n0 + BLOCK_N])
+                rest = tl.dot(b.T, a.T, rest) if SWAP else tl.dot(a, b, rest)
         if SWAP:
             acc = acc.T
-        if STORE_SPLIT == 1:
-            _finish(acc, m0, n0, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
-                    stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, BLOCK_M, BLOCK_N)  # fmt: skip
-        else:
-            tl.static_assert(STORE_SPLIT == 2)
-            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
-            _finish(left, m0, n0, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
-                    stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, BLOCK_M, BLOCK_N // 2)  # fmt: skip
-            _finish(right, m0, n0 + BLOCK_N // 2, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
-                    stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+        _finish(acc, m0, n0, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
+                stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, BLOCK_M, BLOCK_N, PIECE_N)  # fmt: skip
+        if REST_N:
+            if SWAP:
+                rest = rest.T
+            _finish(rest, m0, n0 + BLOCK_N, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
+                    stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, BLOCK_M, REST_N, PIECE_N)  # fmt: skip
 
 
 @triton.jit
 def _finish(
     acc, m0, n0, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n, stride_bias_m, stride_bias_n,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, STORE_TMA: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, STORE_TMA: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PIECE_N: tl.constexpr,
 ):  # fmt: skip
-    """Epilogue and store of the [ROWS, COLS] tile at (m0, n0)."""
-    row = m0 + tl.arange(0, ROWS)
-    col = n0 + tl.arange(0, COLS)
-    value = _epilogue(acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE, BIAS)
-    if STORE_TMA:
-        out_desc.store([m0, n0], value.to(out_desc.dtype))
+    """Epilogue and store of the [ROWS, COLS] tile at (m0, n0), by halves until a half is PIECE_N wide."""
+    if COLS > PIECE_N:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+        _finish(left, m0, n0, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
+                stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, ROWS, COLS // 2, PIECE_N)  # fmt: skip
+        _finish(right, m0, n0 + COLS // 2, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
+                stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, ROWS, COLS // 2, PIECE_N)  # fmt: skip
     else:
-        _store(out_ptr, value, row, col, M, N, stride_out_m, stride_out_n)
+        row = m0 + tl.arange(0, ROWS)
+        col = n0 + tl.arange(0, COLS)
+        value = _epilogue(acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE, BIAS)
+        if STORE_TMA:
+            out_desc.store([m0, n0], value.to(out_desc.dtype))
+        else:
+            _store(out_ptr, value, row, col, M, N, stride_out_m, stride_out_n)
 
 
 @triton.jit
@@ -176,14 +187,28 @@ def _split(x):
 
 
 @triton.jit
+def _chains(a, b, CROSS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
+    """The two chains of one chunk of K: the product of the high parts, and the cross products."""
+    a_parts = _split(a)
+    b_parts = _split(b)
+    high = tl.dot(b_parts[0].T, a_parts[0].T) if SWAP else tl.dot(a_parts[0], b_parts[0])
+    cross = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    for product in tl.static_range(len(CROSS)):
+        x = a_parts[CROSS[product][0]]
+        y = b_parts[CROSS[product][1]]
+        cross = tl.dot(y.T, x.T, cross) if SWAP else tl.dot(x, y, cross)
+    return high, cross
+
+
+@triton.jit
 def gemm_split(
     a_ptr, b_ptr, out_ptr, bias_ptr, alpha, beta, M, N, K,
     stride_a_b, stride_a_m, stride_a_k, stride_b_b, stride_b_k, stride_b_n, stride_out_b, stride_out_m, stride_out_n,
     stride_bias_b, stride_bias_m, stride_bias_n,
     CROSS: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_K: tl.constexpr, SWAP: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """As `gemm_pointer`, for float32 operands; BLOCK_K is the contract's promote_k, CROSS its part products.
+    """As `gemm_pointer`, for float32 operands; CHUNK_K is the contract's promote_k, CROSS its part products.
 
     The sum of the high chains is written fma(chain, 1, sum), one rounding: an addition would become the dot's accumulator.
     """
@@ -194,18 +219,11 @@ def gemm_split(
     b_cols = b_ptr + batch * stride_b_b + col.to(tl.int64)[None, :] * stride_b_n
     high = _zeros(BLOCK_M, BLOCK_N, SWAP)
     cross = high
-    for k0 in range(0, K, BLOCK_K):
-        k, k_inside = _offsets(k0, K, BLOCK_K)
+    for k0 in range(0, K, CHUNK_K):
+        k, k_inside = _offsets(k0, K, CHUNK_K)
         a = tl.load(a_rows + k.to(tl.int64)[None, :] * stride_a_k, mask=row_inside[:, None] & k_inside[None, :], other=0.0)
         b = tl.load(b_cols + k.to(tl.int64)[:, None] * stride_b_k, mask=k_inside[:, None] & col_inside[None, :], other=0.0)
-        a_parts = _split(a)
-        b_parts = _split(b)
-        high_chain = tl.dot(b_parts[0].T, a_parts[0].T) if SWAP else tl.dot(a_parts[0], b_parts[0])
-        cross_chain = _zeros(BLOCK_M, BLOCK_N, SWAP)
-        for product in tl.static_range(len(CROSS)):
-            x = a_parts[CROSS[product][0]]
-            y = b_parts[CROSS[product][1]]
-            cross_chain = tl.dot(y.T, x.T, cross_chain) if SWAP else tl.dot(x, y, cross_chain)
+        high_chain, cross_chain = _chains(a, b, CROSS, BLOCK_M, BLOCK_N, SWAP)
         total = tl.fma(high_chain, 1.0, high)
         error = high_chain - (total - high)
         cross = cross + (cross_chain + error)
