@@ -97,6 +97,16 @@ def test_values(dtype, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_of_split_float32(kind):
     check("float32", 17, 130, 35, SPLIT, kind=kind)
+    for chunks, swap in ((2, False), (4, True)):
+        check("float32", 17, 330, 35, replace(SPLIT, block_k=chunks * SPLIT.block_k, swap=swap), kind=kind)
+
+
+@pytest.mark.parametrize("block_n", [48, 40, 96])
+@pytest.mark.parametrize("swap", [False, True])
+def test_tiles_of_two_widths(block_n, swap):
+    wide = replace(TMA, block_n=block_n, persistent=True, swap=swap)
+    for n in (block_n // 2, 2 * block_n + 8):
+        check("bfloat16", 20, 40, n, wide, storage=tma_storage(20, 40, n), bias="row", alpha=0.3)
 
 
 @pytest.mark.parametrize("storage_a", ["plain", "transposed", "padded", "transposed padded"])

@@ -120,8 +120,6 @@ def _plan(
         return _Plan(triton_kernels.gemm_tma, (programs, 1, 1), _tma_arguments(a, b, bias, out, scale, schedule), options)
     if _rest(schedule.block_n):
         raise ValueError(f"bi_torch.gemm on CUDA: without tensor maps block_n must be a power of two, got {schedule.block_n}")
-    if contract.split is not None and schedule.block_k != contract.split.promote_k:
-        raise ValueError(f"bi_torch.gemm on CUDA: float32 needs block_k = {contract.split.promote_k}, got {schedule.block_k}")
     kernel = triton_kernels.gemm_pointer if contract.split is None else triton_kernels.gemm_split
     return _Plan(kernel, (tiles * batch, 1, 1), _pointer_arguments(a, b, bias, out, scale, schedule, contract), options)
 
@@ -201,7 +199,7 @@ def _pointer_arguments(
     """Arguments of `gemm_pointer` and `gemm_split` from the tensors of a call."""
     extents = (a.shape[1], b.shape[2], a.shape[2])
     strides = (*a.stride(), *b.stride(), *out.stride(), *(bias.stride() if bias is not None else (0, 0, 0)))
-    rule = () if contract.split is None else (contract.split.cross,)
+    rule = () if contract.split is None else (contract.split.cross, contract.split.promote_k)
     constants = (
         *rule,
         scale,

@@ -134,6 +134,20 @@ def _offsets(base, extent, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _load_a(rows, row_inside, k0, K, stride_k, BLOCK_K: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] of A, zeros beyond its edges."""
+    k, k_inside = _offsets(k0, K, BLOCK_K)
+    return tl.load(rows + k.to(tl.int64)[None, :] * stride_k, mask=row_inside[:, None] & k_inside[None, :], other=0.0)
+
+
+@triton.jit
+def _load_b(cols, col_inside, k0, K, stride_k, BLOCK_K: tl.constexpr):
+    """[BLOCK_K, BLOCK_N] of B, zeros beyond its edges."""
+    k, k_inside = _offsets(k0, K, BLOCK_K)
+    return tl.load(cols + k.to(tl.int64)[:, None] * stride_k, mask=k_inside[:, None] & col_inside[None, :], other=0.0)
+
+
+@triton.jit
 def _batch_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """(batch entry, m, n) of this program's tile."""
     tiles_m = _cdiv(M, BLOCK_M)
@@ -159,9 +173,8 @@ def gemm_pointer(
     b_cols = b_ptr + batch * stride_b_b + col.to(tl.int64)[None, :] * stride_b_n
     acc = _zeros(BLOCK_M, BLOCK_N, SWAP)
     for k0 in range(0, K, BLOCK_K):
-        k, k_inside = _offsets(k0, K, BLOCK_K)
-        a = tl.load(a_rows + k.to(tl.int64)[None, :] * stride_a_k, mask=row_inside[:, None] & k_inside[None, :], other=0.0)
-        b = tl.load(b_cols + k.to(tl.int64)[:, None] * stride_b_k, mask=k_inside[:, None] & col_inside[None, :], other=0.0)
+        a = _load_a(a_rows, row_inside, k0, K, stride_a_k, BLOCK_K)
+        b = _load_b(b_cols, col_inside, k0, K, stride_b_k, BLOCK_K)
         acc = tl.dot(b.T, a.T, acc) if SWAP else tl.dot(a, b, acc)
     if SWAP:
         acc = acc.T
@@ -187,17 +200,53 @@ def _split(x):
 
 
 @triton.jit
-def _chains(a, b, CROSS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
-    """The two chains of one chunk of K: the product of the high parts, and the cross products."""
-    a_parts = _split(a)
-    b_parts = _split(b)
-    high = tl.dot(b_parts[0].T, a_parts[0].T) if SWAP else tl.dot(a_parts[0], b_parts[0])
-    cross = _zeros(BLOCK_M, BLOCK_N, SWAP)
-    for product in tl.static_range(len(CROSS)):
-        x = a_parts[CROSS[product][0]]
-        y = b_parts[CROSS[product][1]]
-        cross = tl.dot(y.T, x.T, cross) if SWAP else tl.dot(x, y, cross)
+def _chains(a, b, CROSS: tl.constexpr, SWAP: tl.constexpr):
+    """The two chains of every chunk, from the parts of A [C, M, k] and B [C, k, N]: that of the high parts and the crossed one.
+
+    All chunks' chains run side by side; [C, M, N], or [C, N, M] with SWAP.
+    """
+    high = _dot(a[0], b[0], None, SWAP)
+    cross = _dot(a[CROSS[0][0]], b[CROSS[0][1]], None, SWAP)
+    for product in tl.static_range(1, len(CROSS)):
+        cross = _dot(a[CROSS[product][0]], b[CROSS[product][1]], cross, SWAP)
     return high, cross
+
+
+@triton.jit
+def _dot(a, b, acc, SWAP: tl.constexpr):
+    if SWAP:
+        return tl.dot(_transposed(b), _transposed(a), acc)
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _transposed(x):
+    return tl.permute(x, (0, 2, 1)) if len(x.shape) == 3 else x.T
+
+
+@triton.jit
+def _promote(high, cross, high_chain, cross_chain, CHUNKS: tl.constexpr):
+    """Add the chains of CHUNKS chunks to the two sums, in ascending order.
+
+    The first sum is written fma(chain, 1, sum), one rounding: an addition would become the dot's accumulator.
+    """
+    if CHUNKS == 1:
+        high_chain = tl.reshape(high_chain, high.shape)
+        total = tl.fma(high_chain, 1.0, high)
+        error = high_chain - (total - high)
+        return total, cross + (tl.reshape(cross_chain, cross.shape) + error)
+    else:
+        high_first, high_second = _halves(high_chain, CHUNKS)
+        cross_first, cross_second = _halves(cross_chain, CHUNKS)
+        high, cross = _promote(high, cross, high_first, cross_first, CHUNKS // 2)
+        return _promote(high, cross, high_second, cross_second, CHUNKS // 2)
+
+
+@triton.jit
+def _halves(x, CHUNKS: tl.constexpr):
+    """The first and the second half of the chunks of x [CHUNKS, rows, cols]."""
+    return tl.split(tl.permute(tl.reshape(x, (2, CHUNKS // 2, x.shape[1], x.shape[2])), (1, 2, 3, 0)))
 
 
 @triton.jit
@@ -205,29 +254,33 @@ def gemm_split(
     a_ptr, b_ptr, out_ptr, bias_ptr, alpha, beta, M, N, K,
     stride_a_b, stride_a_m, stride_a_k, stride_b_b, stride_b_k, stride_b_n, stride_out_b, stride_out_m, stride_out_n,
     stride_bias_b, stride_bias_m, stride_bias_n,
-    CROSS: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_K: tl.constexpr, SWAP: tl.constexpr, GROUP_M: tl.constexpr,
+    CROSS: tl.constexpr, CHUNK_K: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """As `gemm_pointer`, for float32 operands; CHUNK_K is the contract's promote_k, CROSS its part products.
 
-    The sum of the high chains is written fma(chain, 1, sum), one rounding: an addition would become the dot's accumulator.
+    A step takes BLOCK_K // CHUNK_K chunks of K: their chains are independent, which hides the latency of each.
     """
     batch, tile_m, tile_n = _batch_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row, row_inside = _offsets(tile_m * BLOCK_M, M, BLOCK_M)
     col, col_inside = _offsets(tile_n * BLOCK_N, N, BLOCK_N)
-    a_rows = a_ptr + batch * stride_a_b + row.to(tl.int64)[:, None] * stride_a_m
-    b_cols = b_ptr + batch * stride_b_b + col.to(tl.int64)[None, :] * stride_b_n
+    CHUNKS: tl.constexpr = BLOCK_K // CHUNK_K
+    k_in_step = tl.arange(0, CHUNKS)[:, None] * CHUNK_K + tl.arange(0, CHUNK_K)[None, :]
+    a_rows = a_ptr + batch * stride_a_b + row.to(tl.int64)[None, :, None] * stride_a_m
+    b_cols = b_ptr + batch * stride_b_b + col.to(tl.int64)[None, None, :] * stride_b_n
     high = _zeros(BLOCK_M, BLOCK_N, SWAP)
-    cross = high
-    for k0 in range(0, K, CHUNK_K):
-        k, k_inside = _offsets(k0, K, CHUNK_K)
-        a = tl.load(a_rows + k.to(tl.int64)[None, :] * stride_a_k, mask=row_inside[:, None] & k_inside[None, :], other=0.0)
-        b = tl.load(b_cols + k.to(tl.int64)[:, None] * stride_b_k, mask=k_inside[:, None] & col_inside[None, :], other=0.0)
-        high_chain, cross_chain = _chains(a, b, CROSS, BLOCK_M, BLOCK_N, SWAP)
-        total = tl.fma(high_chain, 1.0, high)
-        error = high_chain - (total - high)
-        cross = cross + (cross_chain + error)
-        high = total
+    cross = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + k_in_step
+        a_inside = row_inside[None, :, None] & (k < K)[:, None, :]
+        b_inside = (k < K)[:, :, None] & col_inside[None, None, :]
+        a = tl.load(a_rows + k.to(tl.int64)[:, None, :] * stride_a_k, mask=a_inside, other=0.0)
+        b = tl.load(b_cols + k.to(tl.int64)[:, :, None] * stride_b_k, mask=b_inside, other=0.0)
+        if CHUNKS == 1:
+            a = tl.reshape(a, (BLOCK_M, CHUNK_K))
+            b = tl.reshape(b, (CHUNK_K, BLOCK_N))
+        high_chain, cross_chain = _chains(_split(a), _split(b), CROSS, SWAP)
+        high, cross = _promote(high, cross, high_chain, cross_chain, CHUNKS)
     acc = tl.where(_is_finite(high), high + cross, high)
     if SWAP:
         acc = acc.T
