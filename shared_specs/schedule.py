@@ -1,7 +1,7 @@
 """GEMM schedules: tile shapes, warps, stages, operand order. They decide speed and never a bit.
 
-Schedules are data (`schedules/<arch>.json`), looked up by engine, op, dtype, GPU architecture and the power-of-two bucket
-of (M, N, K). Any schedule that passes `check` computes the same bits; tests hold every one in the tables to that.
+Schedules are data (`schedules/<arch>.json`), looked up by engine, op, dtype, GPU architecture and the bucket of
+(M, N, K). Any schedule that passes `check` computes the same bits; tests hold every one in the tables to that.
 """
 
 import json
@@ -77,8 +77,10 @@ class GemmSchedule:
 
 
 def bucket(extent: int) -> int:
-    """The power of two that `extent` rounds up to; 1 for 0."""
-    return 1 << max(extent - 1, 0).bit_length()
+    """`extent` rounded up to three significant bits: eight buckets to an octave."""
+    unit = 1 << max(extent.bit_length() - 3, 0)
+    rounded = -(-extent // unit) * unit
+    return max(rounded, 1)
 
 
 @dataclass(frozen=True)
