@@ -56,7 +56,6 @@ def main() -> int:
     """Verify the device that is chosen, a GPU if there is one."""
     parser = verification.command_line("python -m bi_jax.verify", "Compare bi_jax with the reference model, bit for bit.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: JAX's own choice")
-    parser.add_argument("--every", type=int, metavar="N", help=f"run every N-th small case; default: 1, on a CPU {CPU_EVERY}")
     args = parser.parse_args()
     return verification.main(engine(jax.local_devices(backend=args.device)[0], args.every), args.json)
 

@@ -15,8 +15,8 @@ from shared_specs.formats import FloatFormat, float_format
 from shared_specs.verification import Case, Engine, Operands
 
 
-def engine(device: str) -> Engine:
-    """PyTorch's engine for `device`, "cpu" or "cuda"."""
+def engine(device: str, every: int | None = None) -> Engine:
+    """PyTorch's engine for `device` ("cpu" or "cuda"), on every `every`-th of the small cases."""
     on_gpu = device == "cuda"
     return Engine(
         name="triton" if on_gpu else "torch cpu",
@@ -27,6 +27,7 @@ def engine(device: str) -> Engine:
         },
         run=lambda case, operands: run(case, operands, device),
         large=on_gpu,
+        every=every or 1,
     )
 
 
@@ -56,7 +57,7 @@ def main() -> int:
     parser = verification.command_line("python -m bi_torch.verify", "Compare bi_torch with the reference model, bit for bit.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    return verification.main(engine(args.device), args.json)
+    return verification.main(engine(args.device, args.every), args.json)
 
 
 if __name__ == "__main__":

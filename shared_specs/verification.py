@@ -221,6 +221,7 @@ def command_line(prog: str, description: str) -> argparse.ArgumentParser:
     """The options that both frameworks' commands share."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    parser.add_argument("--every", type=int, metavar="N", help="run every N-th small case")
     return parser
 
 

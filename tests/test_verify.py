@@ -1,7 +1,6 @@
 """The verify commands: clean engines pass, one flipped bit anywhere fails, the JSON holds what the table shows."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -94,13 +93,15 @@ def test_operands_mix_the_kinds() -> None:
     assert values.tobytes() == again.tobytes()
 
 
-@pytest.mark.parametrize(("package", "outputs"), [("bi_torch", 300_000), ("bi_jax", 50_000)])
-def test_the_command_passes_on_this_cpu(package: str, outputs: int, tmp_path) -> None:
+@pytest.mark.parametrize("package", ["bi_torch", "bi_jax"])
+def test_the_command_passes_on_this_cpu(package: str, tmp_path) -> None:
     file = tmp_path / "out.json"
-    command = [sys.executable, "-m", f"{package}.verify", "--device", "cpu", "--json", str(file)]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False, timeout=600)
+    command = [sys.executable, "-m", f"{package}.verify", "--device", "cpu", "--every", "13", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sum(row["outputs"] for row in json.loads(file.read_text())["rows"]) > outputs
+    rows = json.loads(file.read_text())["rows"]
+    assert {(row["op"], row["dtype"]) for row in rows} == {(op, dtype) for op in OPS for dtype in FORMATS}
+    assert sum(row["outputs"] for row in rows) > 20_000
 
 
 @pytest.mark.gpu
