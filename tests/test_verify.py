@@ -101,7 +101,7 @@ def test_the_command_passes_on_this_cpu(package: str, tmp_path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())["rows"]
     assert {(row["op"], row["dtype"]) for row in rows} == {(op, dtype) for op in OPS for dtype in FORMATS}
-    assert sum(row["outputs"] for row in rows) > 20_000
+    assert sum(row["outputs"] for row in rows) > 10_000
 
 
 @pytest.mark.gpu
