@@ -78,17 +78,20 @@ def matmul(
     _check_tensor("matmul", b, "b")
     if a.dim() == 0 or b.dim() == 0:
         raise RuntimeError(f"bi_torch.matmul: both arguments need at least one dimension, got {_shapes(a, b)}")
+    if a.dim() > 2 and b.dim() > 2 and a.shape[:-2] != b.shape[:-2]:
+        _check_broadcast(a, b)
     row, column = a.dim() == 1, b.dim() == 1
     a = a.unsqueeze(0) if row else a
     b = b.unsqueeze(1) if column else b
+    target = out
+    if target is not None:
+        _check_tensor("matmul", target, "out")
+        target = target.unsqueeze(-1) if column else target
+        target = target.unsqueeze(-2) if row else target
+    result = _run("matmul", a, b, None, 1.0, 1.0, target, out_dtype)
     if out is not None:
-        if row:
-            out = out.unsqueeze(-1 if column else -2)
-        if column:
-            out = out.unsqueeze(-1)
-    result = _run("matmul", a, b, None, 1.0, 1.0, out, out_dtype)
-    if column:
-        result = result.squeeze(-1)
+        return out
+    result = result.squeeze(-1) if column else result
     return result.squeeze(-1 if column else -2) if row else result
 
 
@@ -104,8 +107,10 @@ def linear(
     _check_tensor("linear", weight, "weight")
     if input.dim() == 0 or weight.dim() != 2:
         raise RuntimeError(f"bi_torch.linear: input must be [*, K] and weight [N, K], got {_shapes(input, weight)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"bi_torch.linear: bias must be [N] = {list(weight.shape[:1])}, got {list(bias.shape)}")
+    if bias is not None:
+        _check_tensor("linear", bias, "bias")
+        if bias.shape != weight.shape[:1]:
+            raise RuntimeError(f"bi_torch.linear: bias must be [N] = {list(weight.shape[:1])}, got {list(bias.shape)}")
     if input.dim() == 1:
         return _run("linear", input.unsqueeze(0), weight.t(), bias, 1.0, 1.0, None, out_dtype).squeeze(0)
     return _run("linear", input, weight.t(), bias, 1.0, 1.0, None, out_dtype)
@@ -139,7 +144,8 @@ def _run(
     if out is None:
         return gemm(a, b, bias, alpha, beta, out_dtype)
     _check_out(op, out, out_dtype, a, b, bias)
-    return gemm_out(a, b, bias, alpha, beta, out_dtype, out=out)
+    gemm_out(a, b, bias, alpha, beta, out_dtype, out=out)
+    return out
 
 
 def _check_bias(op: str, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -197,6 +203,13 @@ def _check_batches(op: str, a: torch.Tensor, b: torch.Tensor) -> None:
     _check_dims(op, a, b, 3)
     if a.shape[0] != b.shape[0]:
         raise RuntimeError(f"bi_torch.{op}: the batch sizes differ: {_shapes(a, b)}")
+
+
+def _check_broadcast(a: torch.Tensor, b: torch.Tensor) -> None:
+    try:
+        torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except RuntimeError:
+        raise RuntimeError(f"bi_torch.matmul: batch dimensions do not broadcast: {_shapes(a, b)}") from None
 
 
 def _check_tensor(op: str, x: torch.Tensor, name: str) -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from bi_torch.gemm import cpu, cuda
 from shared_specs import gemm_contract
@@ -17,7 +18,7 @@ _SCHEMA = "(Tensor a, Tensor b, Tensor? bias, float alpha, float beta, ScalarTyp
 
 _LIBRARY = torch.library.Library("bi_torch", "DEF")
 _LIBRARY.define(f"gemm{_SCHEMA} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.define(f"gemm.out{_SCHEMA[:-1]}, *, Tensor(a!) out) -> Tensor(a!)", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define(f"gemm.out{_SCHEMA[:-1]}, *, Tensor(a!) out) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 _op = torch.ops.bi_torch.gemm.default
 gemm_out = torch.ops.bi_torch.gemm.out
@@ -39,21 +40,27 @@ def gemm(
     """alpha * (a @ b) + beta * bias through the dispatcher; arguments are checked by the caller.
 
     Without a gradient to record, the autograd key is skipped: its kernel would do the same at twice the call overhead.
+    A compiler traces the op itself.
     """
-    if torch.is_grad_enabled() and _requires_grad(a, b, bias):
+    if _differentiated(a, b, bias) or torch.compiler.is_compiling():
         return _op(a, b, bias, alpha, beta, out_dtype)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(a, b, bias, alpha, beta, out_dtype)
 
 
-def _requires_grad(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    return a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
+def _differentiated(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """True if a gradient is to be recorded or, in forward mode, may have to be refused."""
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)):
+        return True
+    return forward_ad._current_level >= 0
 
 
 def _cuda(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    return _cuda_out(a, b, bias, alpha, beta, out_dtype, out=a.new_empty(output_shape(a, b), dtype=out_dtype))
+    out = a.new_empty(output_shape(a, b), dtype=out_dtype)
+    _cuda_out(a, b, bias, alpha, beta, out_dtype, out=out)
+    return out
 
 
 def _cuda_out(
@@ -65,17 +72,18 @@ def _cuda_out(
     out_dtype: torch.dtype,
     *,
     out: torch.Tensor,
-) -> torch.Tensor:
+) -> None:
     bias = None if beta == 0 else bias
     for x, y, z, target in _matrices(a, b, bias, out):
         cuda.gemm(x, y, z, target, alpha=alpha, beta=beta, contract=gemm_contract(DTYPE_NAMES[a.dtype]))
-    return out
 
 
 def _cpu(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    return _cpu_out(a, b, bias, alpha, beta, out_dtype, out=a.new_empty(output_shape(a, b), dtype=out_dtype))
+    out = a.new_empty(output_shape(a, b), dtype=out_dtype)
+    _cpu_out(a, b, bias, alpha, beta, out_dtype, out=out)
+    return out
 
 
 def _cpu_out(
@@ -87,13 +95,12 @@ def _cpu_out(
     out_dtype: torch.dtype,
     *,
     out: torch.Tensor,
-) -> torch.Tensor:
+) -> None:
     bias = None if beta == 0 else bias
     for x, y, z, target in _matrices(a, b, bias, out):
         x, y, batched = (t if t.dim() == 3 else t.unsqueeze(0) for t in (x, y, target))
         contract = gemm_contract(DTYPE_NAMES[a.dtype])
         batched.copy_(cpu.gemm(x, y, z, alpha=alpha, beta=beta, contract=contract, out_dtype=out_dtype))
-    return out
 
 
 _Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
@@ -146,8 +153,8 @@ def _fake_out(
     out_dtype: torch.dtype,
     *,
     out: torch.Tensor,
-) -> torch.Tensor:
-    return out
+) -> None:
+    pass
 
 
 class _Gemm(torch.autograd.Function):
@@ -210,9 +217,10 @@ def _reduced_sum(g: torch.Tensor, shape: torch.Size, beta: float, dtype: torch.d
 def _autograd(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    if torch.is_grad_enabled() and _requires_grad(a, b, bias):
+    if _differentiated(a, b, bias):
         return _Gemm.apply(a, b, bias, alpha, beta, out_dtype)
-    return gemm(a, b, bias, alpha, beta, out_dtype)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(a, b, bias, alpha, beta, out_dtype)
 
 
 def _autograd_out(
@@ -224,11 +232,11 @@ def _autograd_out(
     out_dtype: torch.dtype,
     *,
     out: torch.Tensor,
-) -> torch.Tensor:
-    if torch.is_grad_enabled() and (out.requires_grad or _requires_grad(a, b, bias)):
+) -> None:
+    if _differentiated(a, b, bias) or (torch.is_grad_enabled() and out.requires_grad):
         raise RuntimeError("bi_torch.gemm: functions with out=... arguments don't support automatic differentiation")
     with torch._C._AutoDispatchBelowAutograd():
-        return gemm_out(a, b, bias, alpha, beta, out_dtype, out=out)
+        gemm_out(a, b, bias, alpha, beta, out_dtype, out=out)
 
 
 for name, kernels in {
