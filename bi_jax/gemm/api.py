@@ -13,6 +13,7 @@ supported and for an alpha or beta that is traced; ValueError for shapes that do
 lowered for a platform or a GPU without kernels.
 """
 
+import contextlib
 from typing import Any
 
 import jax
@@ -107,9 +108,7 @@ def _run(
         batch = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     except ValueError:
         raise ValueError(f"bi_jax.{op}: batch dimensions do not broadcast: {a.shape} and {b.shape}") from None
-    out_dtype = a.dtype if out_dtype is None else jnp.dtype(out_dtype)
-    if out_dtype not in (a.dtype, jnp.float32):
-        raise TypeError(f"bi_jax.{op}: out_dtype must be {a.dtype} or float32, got {out_dtype}")
+    out_dtype = _out_dtype(op, a.dtype, out_dtype)
     alpha, beta = _number(op, "alpha", alpha), _number(op, "beta", beta)
     if bias is not None:
         _check_bias(op, bias, a.dtype, (*batch, a.shape[-2], n))
@@ -122,6 +121,16 @@ def _check_bias(op: str, bias: jax.Array, dtype: Any, shape: tuple[int, ...]) ->
     padded = (1,) * (len(shape) - bias.ndim) + bias.shape
     if len(padded) != len(shape) or any(own not in (1, size) for own, size in zip(padded, shape, strict=True)):
         raise ValueError(f"bi_jax.{op}: bias {bias.shape} does not broadcast to {shape}")
+
+
+def _out_dtype(op: str, operand: Any, out_dtype: Any) -> Any:
+    if out_dtype is None:
+        return operand
+    for allowed in (operand, jnp.dtype("float32")):
+        with contextlib.suppress(TypeError):
+            if jnp.dtype(out_dtype) == allowed:
+                return allowed
+    raise TypeError(f"bi_jax.{op}: out_dtype must be {operand} or float32, got {out_dtype}")
 
 
 def _number(op: str, name: str, value: float) -> float:
