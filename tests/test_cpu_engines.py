@@ -61,19 +61,20 @@ def near(exponent, shape, fmt, seed):
         return fmt.encode(np.ldexp(rng.standard_normal(shape), exponent + rng.integers(-6, 7, shape)).astype(np.float32))
 
 
-@engines
+# Every new shape, alpha or beta is a compilation for JAX, so it is given fewer of them.
+KS = {"torch": (0, 1, 15, 16, 17, 31, 33, 63, 64, 65, 1000), "jax": (0, 1, 17, 64, 1000)}
+
+
 @dtypes
-@pytest.mark.parametrize("k", [0, 1, 15, 16, 17, 31, 63, 64, 65, 1000])
+@pytest.mark.parametrize(("engine", "k"), [(name, k) for name, ks in KS.items() for k in ks])
 def test_every_kind_of_input(engine, dtype, k):
     fmt = float_format(dtype)
-    check(engine, *every_kind(3, k, 5, fmt, seed=k), gemm_contract(dtype), out_format=FORMATS["float32"])
+    check(ENGINES[engine], *every_kind(3, k, 5, fmt, seed=k), gemm_contract(dtype), out_format=FORMATS["float32"])
 
 
 @engines
 @dtypes
-@pytest.mark.parametrize(
-    ("batch", "m", "n"), [(1, 1, 1), (2, 1, 70), (2, 70, 1), (3, 33, 17), (1, 17, 130), (0, 2, 3), (2, 0, 3), (2, 3, 0)]
-)
+@pytest.mark.parametrize(("batch", "m", "n"), [(2, 1, 70), (2, 70, 1), (1, 33, 17), (0, 2, 3), (2, 0, 3), (2, 3, 0)])
 def test_shapes(engine, dtype, batch, m, n):
     fmt = float_format(dtype)
     a, b = operand_bits("normal", (batch, m, 40), fmt, 1), operand_bits("normal", (batch, 40, n), fmt, 2)
@@ -92,44 +93,35 @@ def test_sums_that_underflow_or_overflow(engine, dtype):
     check(engine, a, b, gemm_contract(dtype), out_format=FORMATS["float32"])
 
 
-@engines
+EPILOGUES = [(0.7, -1.3, "float32", "operand"), (1e-38, 1e-30, "operand", "float32"), (-1, 1, "operand", "operand")]
+EPILOGUES += [(1e39, 0.0, "operand", "float32"), (3, 1e-60, "float32", "operand"), (2.0**-140, 2.0, "float32", "float32")]
+
+
 @dtypes
-@pytest.mark.parametrize(
-    ("alpha", "beta", "out"),
-    [
-        (0.7, -1.3, "operand"),
-        (-1.0, 1.0, "float32"),
-        (1e-38, 1e-30, "float32"),
-        (2.0**127, 0.0, "operand"),
-        (3.0, 1e-60, "operand"),
-    ],
-)
-def test_epilogue(engine, dtype, alpha, beta, out):
+@pytest.mark.parametrize(("engine", "epilogue"), [("torch", e) for e in EPILOGUES] + [("jax", e) for e in EPILOGUES[:2]])
+def test_epilogue(engine, dtype, epilogue):
     fmt = float_format(dtype)
+    alpha, beta, bias_format, out_format = epilogue
+    formats = {"operand": fmt, "float32": FORMATS["float32"]}
     a, b = every_kind(4, 20, 5, fmt)
-    for bias_format in {fmt, FORMATS["float32"]}:
-        bias = operand_bits("bits", (4, 5), bias_format, 3)
-        out_format = fmt if out == "operand" else float_format(out)
-        kwargs = {"alpha": alpha, "beta": beta, "out_format": out_format}
-        check(engine, a, b, gemm_contract(dtype), bias_bits=bias, bias_format=bias_format, **kwargs)
+    bias = operand_bits("bits", (4, 5), formats[bias_format], 3)
+    kwargs = {"alpha": alpha, "beta": beta, "bias_bits": bias, "bias_format": formats[bias_format]}
+    check(ENGINES[engine], a, b, gemm_contract(dtype), **kwargs, out_format=formats[out_format])
 
 
 @engines
 @dtypes
 def test_output_is_rounded_once_subnormals_included(engine, dtype):
     fmt = float_format(dtype)
-    a = near(fmt.min_exponent + 2, (1, 64, 1), FORMATS[dtype], 1)
-    b = near(0, (1, 1, 64), fmt, 2)
-    for alpha in (1.0, 2.0**-8, 2.0**20):
-        check(engine, a, b, gemm_contract(dtype), alpha=alpha)
+    a, b = near(fmt.min_exponent + 2, (1, 64, 1), fmt, 1), near(0, (1, 1, 64), fmt, 2)
+    check(engine, a, b, gemm_contract(dtype), alpha=2.0**-8)
 
 
 @engines
 @dtypes
 def test_k_leaves(engine, dtype):
     fmt = float_format(dtype)
-    for k in (8, 150):
-        check(engine, *every_kind(2, k, 3, fmt), gemm_contract(dtype, k_leaves=4))
+    check(engine, *every_kind(2, 150, 3, fmt), gemm_contract(dtype, k_leaves=4))
 
 
 @dtypes

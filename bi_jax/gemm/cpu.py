@@ -8,7 +8,7 @@ pads a bfloat16 array by way of float32, and flushes on the way.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ from shared_specs.formats import FLOAT32, FloatFormat, float_format
 
 BLOCK_OUTPUTS = 1 << 18  # outputs worked on at a time: their float64 accumulators stay in the cache
 BLOCK_ROWS = 16  # but at least so many rows, which share the decoding of B
+
+VECTOR = 16  # columns below which rows take their place
 
 F64_BIAS, F64_MANTISSA, F64_FIELD = 1023, 52, 0x7FF
 ZERO_EXPONENT = -(1 << 13)  # exponent given to zeros: never the largest beside a nonzero term
@@ -108,10 +110,45 @@ def _zero_fill(x: jax.Array, axis: int, multiple: int) -> jax.Array:
 
 
 def _chain(a: jax.Array, b: jax.Array, contract: GemmContract) -> jax.Array:
-    """One chain of dot instructions over the whole K, from +0: float32 accumulators as float64."""
-    dot = contract.dot
-    fmt = float_format(contract.operand if contract.split is None else contract.split.part)
-    a, b = _zero_fill(a, 2, dot.k), _zero_fill(b, 1, dot.k)
+    """One chain of dot instructions over the whole K, from +0."""
+    a, b = _zero_fill(a, 2, contract.dot.k), _zero_fill(b, 1, contract.dot.k)
+    return _steps(a, b, 0, a.shape[2] // contract.dot.k, contract.dot, float_format(contract.operand))
+
+
+def _split_chain(a: jax.Array, b: jax.Array, contract: GemmContract) -> jax.Array:
+    """float32 operands: chains over the parts, promoted every `promote_k` elements of K."""
+    rule, dot = contract.split, contract.dot
+    assert rule is not None
+    a, b = _zero_fill(a, 2, rule.promote_k), _zero_fill(b, 1, rule.promote_k)
+    # The parts laid end to end: products of parts that run one after the other are one chain.
+    products = (*rule.cross, (0, 0))
+    steps = rule.promote_k // dot.k
+    chains = np.array([[0, len(rule.cross) * steps], [len(rule.cross) * steps, len(products) * steps]])
+
+    def parts(bits: jax.Array, i: jax.Array, axis: int, order: Sequence[int]) -> jax.Array:
+        chunk = lax.dynamic_slice_in_dim(bits, i * rule.promote_k, rule.promote_k, axis)
+        cut = [_bits(part) for part in split(lax.bitcast_convert_type(chunk, jnp.float32), rule)]
+        return lax.optimization_barrier(jnp.concatenate([cut[part] for part in order], axis))
+
+    def promote(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        high, cross = totals
+        x, y = parts(a, i, 2, [p for p, _ in products]), parts(b, i, 1, [p for _, p in products])
+        cross_chain, high_chain = lax.map(lambda ends: _steps(x, y, ends[0], ends[1], dot, float_format(rule.part)), chains)
+        total = _round(high + high_chain)
+        error = _round(high_chain - _round(total - high))
+        return total, _round(cross + _round(cross_chain + error))
+
+    zeros = jnp.zeros((a.shape[0], a.shape[1], b.shape[2]), jnp.float64)
+    high, cross = lax.fori_loop(0, a.shape[2] // rule.promote_k, promote, (zeros, zeros))
+    return jnp.where(jnp.isfinite(high), _round(high + cross), high)
+
+
+def _steps(
+    a: jax.Array, b: jax.Array, start: int | jax.Array, stop: int | jax.Array, dot: DotArithmetic, fmt: FloatFormat
+) -> jax.Array:
+    """A chain of the instructions `start` to `stop` along K, from +0: float32 accumulators as float64."""
+    if b.shape[2] < min(VECTOR, a.shape[1]):
+        return _steps(b.mT, a.mT, start, stop, dot, fmt).mT  # the innermost axis is what XLA vectorises
 
     def step(i: jax.Array, acc: jax.Array) -> jax.Array:
         x = lax.dynamic_slice_in_dim(a, i * dot.k, dot.k, axis=2)
@@ -120,34 +157,7 @@ def _chain(a: jax.Array, b: jax.Array, contract: GemmContract) -> jax.Array:
         decoded = lax.optimization_barrier((_decode(x, fmt), _exponent(x, fmt), _decode(y, fmt), _exponent(y, fmt)))
         return _instruction(acc, *decoded, dot)
 
-    acc = jnp.zeros((a.shape[0], a.shape[1], b.shape[2]), jnp.float64)
-    return lax.fori_loop(0, a.shape[2] // dot.k, step, acc)
-
-
-def _split_chain(a: jax.Array, b: jax.Array, contract: GemmContract) -> jax.Array:
-    """float32 operands: chains over the parts, promoted every `promote_k` elements of K."""
-    rule = contract.split
-    assert rule is not None
-    a, b = _zero_fill(a, 2, rule.promote_k), _zero_fill(b, 1, rule.promote_k)
-
-    def parts(bits: jax.Array, i: jax.Array, axis: int) -> list[jax.Array]:
-        chunk = lax.dynamic_slice_in_dim(bits, i * rule.promote_k, rule.promote_k, axis)
-        return [_bits(part) for part in split(lax.bitcast_convert_type(chunk, jnp.float32), rule)]
-
-    def promote(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        high, cross = totals
-        left, right = parts(a, i, 2), parts(b, i, 1)
-        # Products of parts, one after the other, are one chain over the parts laid end to end.
-        x = lax.optimization_barrier(jnp.concatenate([left[i] for i, _ in rule.cross], axis=2))
-        y = lax.optimization_barrier(jnp.concatenate([right[j] for _, j in rule.cross], axis=1))
-        high_chain, cross_chain = _chain(left[0], right[0], contract), _chain(x, y, contract)
-        total = _round(high + high_chain)
-        error = _round(high_chain - _round(total - high))
-        return total, _round(cross + _round(cross_chain + error))
-
-    zeros = jnp.zeros((a.shape[0], a.shape[1], b.shape[2]), jnp.float64)
-    high, cross = lax.fori_loop(0, a.shape[2] // rule.promote_k, promote, (zeros, zeros))
-    return jnp.where(jnp.isfinite(high), _round(high + cross), high)
+    return lax.fori_loop(start, stop, step, jnp.zeros((a.shape[0], a.shape[1], b.shape[2]), jnp.float64))
 
 
 def _instruction(

@@ -1,9 +1,12 @@
 """The GEMM contract on CPU tensors, in torch operations alone.
 
-A dot instruction is evaluated for a whole tile of outputs at once, in float64, where a product of two operands, the
-alignment of its terms (a division by a power of two) and their sum are all exact; what the instruction truncates is
-truncated explicitly. float32 roundings are integer or exact float64 steps too, so the bits do not depend on threads,
-on vector width, on the order of a sum, nor on torch's flush-denormal mode: no float32 subnormal is ever computed with.
+A dot instruction is evaluated for a whole tile of outputs at once, in float64, where the product of two operands, the
+alignment of the terms (a multiplication by a power of two) and their sum are all exact; what the instruction truncates is
+truncated explicitly, and what rounds to float32 is rounded by exact steps. So the bits do not depend on threads, on vector
+width or on the order of a sum; nor on torch's flush-denormal mode, since no subnormal is ever computed with.
+
+Where the operands' exponents show that no sum can be subnormal or overflow, a lean path skips what only those need; it
+gives the same bits (`_ordinary` says why).
 """
 
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ SLAB_OPERANDS = 1 << 17  # operand elements decoded at a time
 
 F64_BIAS, F64_MANTISSA = 1023, 52
 F64_EXPONENT = 0x7FF << F64_MANTISSA
+HEADROOM = F64_BIAS - (1 - FLOAT32.min_exponent)  # 2**HEADROOM times what overflows float32 overflows float64
 ZERO_EXPONENT = -(1 << 13)  # exponent given to zeros: never the largest beside a nonzero product
 
 
@@ -92,7 +96,7 @@ def _chain(a: Tensor, b: Tensor, contract: GemmContract) -> Tensor:
     """One chain of dot instructions over the whole K, from +0."""
     careful = not _ordinary(a, b, contract)
     acc = _Accumulators((a.shape[0], a.shape[1], b.shape[2]), contract.dot, careful)
-    for x, y in _slabs(a, b, contract.dot.k):
+    for x, y in _slabs(a, b, contract.dot.k, most=a.shape[-1]):
         acc.add(_operand(x.movedim(-1, 0), contract.dot, careful), _operand(y.movedim(1, 0), contract.dot, careful))
     return acc.values()
 
@@ -104,8 +108,8 @@ def _split_chain(a: Tensor, b: Tensor, contract: GemmContract) -> Tensor:
     careful = not _ordinary(a, b, contract)
     high = _empty((a.shape[0], a.shape[1], b.shape[2]), F64).zero_()
     cross = torch.zeros_like(high)
-    for x, y in _slabs(a, b, rule.promote_k):
-        # Chunks of promote_k are independent until they are promoted: work on a slab's chunks side by side.
+    # Chunks of promote_k are independent until they are promoted: work on a slab's chunks side by side.
+    for x, y in _slabs(a, b, rule.promote_k, most=TILE_OUTPUTS // high.numel()):
         chunks = x.shape[-1] // rule.promote_k
         x = x.unflatten(-1, (chunks, -1)).movedim(-2, 1).flatten(0, 1)
         y = y.unflatten(1, (chunks, -1)).flatten(0, 1)
@@ -128,11 +132,11 @@ def _promote(high: Tensor, cross: Tensor, high_chain: Tensor, cross_chain: Tenso
     return total, _round(cross + _round(cross_chain + error, careful), careful)
 
 
-def _slabs(a: Tensor, b: Tensor, multiple: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Consecutive pieces of K, zero-filled to a multiple of `multiple`."""
+def _slabs(a: Tensor, b: Tensor, multiple: int, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Consecutive pieces of K, zero-filled to a multiple of `multiple`, of at most `most` multiples."""
     k = a.shape[-1]
     per_k = a.shape[0] * (a.shape[1] + b.shape[2])
-    step = max(1, SLAB_OPERANDS // (per_k * multiple)) * multiple
+    step = max(1, min(most, SLAB_OPERANDS // (per_k * multiple))) * multiple
     for lo in range(0, k, step):
         x, y = a[..., lo : lo + step], b[:, lo : lo + step]
         if fill := -x.shape[-1] % multiple:
@@ -153,8 +157,8 @@ def _operand(x: Tensor, dot: DotArithmetic, careful: bool) -> _Operand:
     fmt = _format(x.dtype)
     x = x.unflatten(0, (-1, dot.k)).contiguous()
     magnitude = _bits(x) & fmt.nan
-    zeros = magnitude.clamp(max=1).sub_(1).bitwise_and_(ZERO_EXPONENT)
-    exponents = magnitude.bitwise_right_shift_(fmt.mantissa_bits).clamp_(min=1).add_(fmt.min_exponent - 1).add_(zeros)
+    offset = magnitude.clamp(max=1).mul_(-ZERO_EXPONENT).add_(ZERO_EXPONENT + fmt.min_exponent - 1)
+    exponents = magnitude.bitwise_right_shift_(fmt.mantissa_bits).clamp_(min=1).add_(offset)
     return _Operand(_decode(x, careful), exponents)
 
 
@@ -208,8 +212,8 @@ class _Accumulators:
         torch.div(self.sums, scale, out=self.acc)
         if self.careful:
             # Truncate at float32's smallest subnormal, overflow where float32 does, and make a zero +0.
-            down, up = _smallest(FLOAT32), _headroom(FLOAT32)
-            self.acc.mul_(2.0**-down).trunc_().mul_(2.0 ** (down + up)).mul_(2.0**-up).add_(0.0)
+            down = _smallest(FLOAT32)
+            self.acc.mul_(2.0**-down).trunc_().mul_(2.0 ** (down + HEADROOM)).mul_(2.0**-HEADROOM).add_(0.0)
 
 
 def _power(exponent: int) -> int:
@@ -222,13 +226,8 @@ def _smallest(fmt: FloatFormat) -> int:
     return fmt.min_exponent - fmt.mantissa_bits
 
 
-def _headroom(fmt: FloatFormat) -> int:
-    """A number that overflows `fmt` overflows float64 when multiplied by two to this power."""
-    return F64_BIAS - (1 - fmt.min_exponent)
-
-
 def _ordinary(a: Tensor, b: Tensor, contract: GemmContract) -> bool:
-    """Whether no operand is subnormal or non-finite and every nonzero sum stays among float32's normal numbers.
+    """Whether no operand is non-finite or a float32 subnormal, and every nonzero sum stays among float32's normal numbers.
 
     An instruction's nonzero result is no smaller than the last fraction bit of its largest exponent, and no sum exceeds
     K products, each below 2**(e + 2).
@@ -236,7 +235,7 @@ def _ordinary(a: Tensor, b: Tensor, contract: GemmContract) -> bool:
     (low_a, high_a), (low_b, high_b) = _exponent_range(a), _exponent_range(b)
     parts_below = 0 if contract.split is None else FLOAT32.mantissa_bits  # a part's leading bit may be its value's last
     terms = a.shape[-1] * (1 if contract.split is None else 1 + len(contract.split.cross))
-    normal = min(low_a, low_b) - parts_below >= float_format(contract.operand).min_exponent
+    normal = min(low_a, low_b) - parts_below >= FLOAT32.min_exponent
     grid = low_a + low_b - 2 * parts_below - contract.dot.fraction_bits
     finite = max(high_a, high_b) < 1 << (float_format(contract.operand).exponent_bits - 1)
     bound = high_a + high_b + 2 + terms.bit_length()
@@ -284,15 +283,16 @@ def _parts(x: Tensor, rule: Float32Split, careful: bool) -> list[Tensor]:
     """The bfloat16 parts of float32 `x`: the first truncated, the others rounded to nearest."""
     if rule.part != BFLOAT16.name:
         raise NotImplementedError(f"parts of format {rule.part}")
-    rest = _decode(x, careful)
-    part = rest.view(I64).bitwise_and(-1 << (F64_MANTISSA - BFLOAT16.mantissa_bits)).view(F64)
+
+    def value(part: Tensor) -> Tensor:
+        return torch.where(x.isfinite(), _decode(part, careful), 0.0) if careful else part.to(torch.float32)
+
+    high = _bits(x) >> (FLOAT32.bits - BFLOAT16.bits)
     if careful:
-        part = part.mul_(2.0 ** -_smallest(BFLOAT16)).trunc_().mul_(2.0 ** _smallest(BFLOAT16))
-    parts = [_encode(part, torch.bfloat16, careful)]
+        high = torch.where(x.isnan(), BFLOAT16.nan, high)
+    parts, rest = [high.to(torch.int16).view(torch.bfloat16)], value(x)
     while len(parts) < rule.parts:
-        rest = rest - _decode(parts[-1], careful)
-        if careful and len(parts) == 1:
-            rest = torch.where(part.isfinite(), rest, 0.0)
+        rest = rest - value(parts[-1])
         parts.append(_encode(rest, torch.bfloat16, careful))
     return parts
 
@@ -308,7 +308,7 @@ def _round(x: Tensor, careful: bool = True) -> Tensor:
     if not careful:
         return x.to(torch.float32).to(F64)
     ulp = _ulp(x, FLOAT32)
-    return (x / ulp).round_().mul_(ulp).mul_(2.0 ** _headroom(FLOAT32)).mul_(2.0 ** -_headroom(FLOAT32))
+    return (x / ulp).round_().mul_(ulp).mul_(2.0**HEADROOM).mul_(2.0**-HEADROOM)
 
 
 def _encode(x: Tensor, dtype: torch.dtype, careful: bool = True) -> Tensor:
