@@ -46,8 +46,9 @@ def gemm(
     device = out.device.index
     key = (
         device, a.dtype, out.dtype, a.shape, a.stride(), b.shape, b.stride(), out.stride(),
-        _aligned(a), _aligned(b), _aligned(out), alpha == 1.0, contract, schedule,
-        None if bias is None else (bias.dtype, bias.shape, bias.stride(), _aligned(bias)),
+        a.data_ptr() % _TMA_ALIGNMENT, b.data_ptr() % _TMA_ALIGNMENT, out.data_ptr() % _TMA_ALIGNMENT,
+        None if bias is None else (bias.dtype, bias.shape, bias.stride(), bias.data_ptr() % _TMA_ALIGNMENT),
+        alpha == 1.0, contract.contract_id, schedule,
     )  # fmt: skip
     plan = _PLANS.get(key)
     if plan is None:

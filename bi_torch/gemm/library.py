@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import forward_ad
 
@@ -27,11 +28,16 @@ DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float
 """Operand dtypes, by the names that contracts use."""
 
 
-def output_shape(a: torch.Tensor, b: torch.Tensor) -> torch.Size:
+def output_shape(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
     """[*, M, N] of a [*, M, K] @ b [*, K, N] with broadcast batch dimensions."""
     if a.dim() == b.dim() == 2:
-        return torch.Size((a.shape[0], b.shape[1]))
-    return torch.Size((*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]))
+        return a.shape[0], b.shape[1]
+    return (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+
+
+def _new_output(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    shape = output_shape(a, b)
+    return a.new_empty(shape) if dtype is a.dtype else a.new_empty(shape, dtype=dtype)
 
 
 def gemm(
@@ -58,7 +64,7 @@ def _differentiated(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None)
 def _cuda(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    out = a.new_empty(output_shape(a, b), dtype=out_dtype)
+    out = _new_output(a, b, out_dtype)
     _cuda_out(a, b, bias, alpha, beta, out_dtype, out=out)
     return out
 
@@ -73,15 +79,20 @@ def _cuda_out(
     *,
     out: torch.Tensor,
 ) -> None:
-    bias = None if beta == 0 else bias
+    contract = gemm_contract(DTYPE_NAMES[a.dtype])
+    if bias is not None and np.float32(beta) == 0:
+        bias = None
+    if a.dim() == 2 and b.dim() == 2 and out.numel():
+        cuda.gemm(a, b, bias, out, alpha=alpha, beta=beta, contract=contract)
+        return
     for x, y, z, target in _matrices(a, b, bias, out):
-        cuda.gemm(x, y, z, target, alpha=alpha, beta=beta, contract=gemm_contract(DTYPE_NAMES[a.dtype]))
+        cuda.gemm(x, y, z, target, alpha=alpha, beta=beta, contract=contract)
 
 
 def _cpu(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    out = a.new_empty(output_shape(a, b), dtype=out_dtype)
+    out = _new_output(a, b, out_dtype)
     _cpu_out(a, b, bias, alpha, beta, out_dtype, out=out)
     return out
 
@@ -96,7 +107,8 @@ def _cpu_out(
     *,
     out: torch.Tensor,
 ) -> None:
-    bias = None if beta == 0 else bias
+    if bias is not None and np.float32(beta) == 0:
+        bias = None
     for x, y, z, target in _matrices(a, b, bias, out):
         x, y, batched = (t if t.dim() == 3 else t.unsqueeze(0) for t in (x, y, target))
         contract = gemm_contract(DTYPE_NAMES[a.dtype])
@@ -141,7 +153,7 @@ def _foldable(x: torch.Tensor) -> bool:
 def _fake(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    return a.new_empty(output_shape(a, b), dtype=out_dtype)
+    return _new_output(a, b, out_dtype)
 
 
 def _fake_out(
