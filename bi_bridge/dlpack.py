@@ -14,7 +14,8 @@ In-place writes. JAX takes its arrays to be immutable, PyTorch does not know tha
 - A write by PyTorch into shared memory changes the JAX array. On a GPU, call `to_jax` again after the write (it costs
   microseconds) or `torch.cuda.synchronize()`, and let JAX finish reading (`jax.block_until_ready`) before the write.
 - JAX may have used the old value already: jit constants, values cached by `np.asarray`, results under way.
-- JAX itself never writes into memory that it shares: donating a shared array to a jitted function copies instead.
+- JAX writes to an array's memory only where the array is donated to a jitted function: do not donate a shared one (on a
+  CPU, JAX makes a copy instead; on a GPU the result may land in the tensor).
 
 Lifetime. Either object may be dropped first: the buffer lives while the other one does. Dropping the last one on a GPU
 gives the buffer back to its own framework at once, though the other may still have work queued that reads it: wait for

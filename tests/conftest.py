@@ -11,7 +11,8 @@ import pytest
 
 
 def _wants_gpu(config: pytest.Config) -> bool:
-    return config.getoption("markexpr").strip() == "gpu"
+    words = config.getoption("markexpr").replace("(", " ").replace(")", " ").split()
+    return "gpu" in words and words[words.index("gpu") - 1] != "not"
 
 
 def pytest_configure(config: pytest.Config) -> None:

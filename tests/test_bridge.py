@@ -182,7 +182,7 @@ def test_writes_are_seen(device: str) -> None:
     assert float(source.sum()) == 2 * 64
 
 
-def test_jax_does_not_write_into_shared_memory() -> None:
+def test_donation_leaves_shared_memory_alone_on_a_cpu() -> None:
     double = jax.jit(lambda x: x * 2, donate_argnums=0)
     tensor = torch.ones(4, 16)
     assert float(double(to_jax(tensor)).sum()) == 128
