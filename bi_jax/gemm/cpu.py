@@ -127,7 +127,7 @@ def _split_chain(a: jax.Array, b: jax.Array, contract: GemmContract) -> jax.Arra
 
     def parts(bits: jax.Array, i: jax.Array, axis: int, order: Sequence[int]) -> jax.Array:
         chunk = lax.dynamic_slice_in_dim(bits, i * rule.promote_k, rule.promote_k, axis)
-        cut = [_bits(part) for part in split(lax.bitcast_convert_type(chunk, jnp.float32), rule)]
+        cut = lax.optimization_barrier([_bits(part) for part in split(lax.bitcast_convert_type(chunk, jnp.float32), rule)])
         return lax.optimization_barrier(jnp.concatenate([cut[part] for part in order], axis))
 
     def promote(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -155,7 +155,8 @@ def _steps(
         y = lax.dynamic_slice_in_dim(b, i * dot.k, dot.k, axis=1)
         # Behind the barrier the slices are decoded once, not once for every output that reads them.
         decoded = lax.optimization_barrier((_decode(x, fmt), _exponent(x, fmt), _decode(y, fmt), _exponent(y, fmt)))
-        return _instruction(acc, *decoded, dot)
+        x, x_exponent, y, y_exponent = decoded
+        return _instruction(acc, x, x_exponent, y, y_exponent, dot)
 
     return lax.fori_loop(start, stop, step, jnp.zeros((a.shape[0], a.shape[1], b.shape[2]), jnp.float64))
 
