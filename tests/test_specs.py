@@ -84,6 +84,19 @@ def test_schedule_json_both_ways(schedule: GemmSchedule) -> None:
     assert GemmSchedule.from_json(text).to_json() == text
 
 
+@pytest.mark.parametrize(
+    ("dtype", "digest"),
+    [
+        ("bfloat16", "d1b17ea3624877ded1847d4b5cd6166cca27736aff8aedddcab0fa0870e250b4"),
+        ("float16", "a945e255256a890cf2395991ad3fc78a00512981ebbe3a01ff552303c25cb46f"),
+        ("float32", "3c793b2a333bd25cde7615782db65d44fe94f958261986eca49160ebc469edf7"),
+    ],
+)
+def test_contract_ids_are_stable(dtype: str, digest: str) -> None:
+    """What a trainer stored last year must still be equal; a contract with other bits needs another version."""
+    assert gemm_contract(dtype).contract_id == f"gemm-v1-{dtype}-sm_90-wgmma-{digest}"
+
+
 def test_contract_id_names_what_it_stands_for() -> None:
     contract = gemm_contract("bfloat16")
     version, operand, dot = f"v{contract.version}", contract.operand, contract.dot.name
