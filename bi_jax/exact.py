@@ -33,6 +33,11 @@ def emulated(evaluate: Evaluate) -> Iterator[None]:
         _evaluate.reset(token)
 
 
+def is_emulated() -> bool:
+    """The kernel is traced for interpret mode: inline PTX needs a stand-in."""
+    return _evaluate.get() is not None
+
+
 def add(x: jax.Array, y: jax.Array, layout: plgpu.Layout = plgpu.Layout.WGMMA) -> jax.Array:
     """x + y, float32 register arrays of one shape and of `layout`."""
     return _binary("add.rn.f32", np.add, x, y, layout)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bi_jax.gemm import mosaic
+from bi_jax.gemm import mosaic, mosaic_kernel
 from shared_specs import GemmSchedule, gemm_contract, schedule_table
 from shared_specs.formats import FloatFormat, float_format
 from shared_specs.inputs import KINDS, gemm_inputs, operand_bits
@@ -20,13 +20,19 @@ from tests.interpreters.mosaic import interpreted
 DECODE = GemmSchedule(block_m=8, block_n=32, block_k=128, warps=4, stages=4)
 LARGE = GemmSchedule(block_m=128, block_n=128, block_k=64, warps=8, stages=3, persistent=True, group_m=2)
 FLOAT32 = GemmSchedule(block_m=64, block_n=64, block_k=64, warps=4, stages=2)
+SPLIT_IN_REGISTERS = [
+    GemmSchedule(block_m=8, block_n=64, block_k=128, warps=4, stages=3, swap=True),
+    GemmSchedule(block_m=32, block_n=64, block_k=64, warps=8, stages=2, swap=True),
+    GemmSchedule(block_m=24, block_n=128, block_k=128, warps=8, stages=2, swap=True, persistent=True, group_m=2),
+]
+"""One warpgroup; two that share a tile by rows of A; by rows of B."""
 TABLE = [row for row in schedule_table("sm_90") if row.engine == "mosaic"]
 
 
 @pytest.fixture(autouse=True)
 def _few_sms(monkeypatch):
     """A persistent kernel then walks over several tiles, even in a small problem."""
-    monkeypatch.setattr(mosaic, "SMS", 2)
+    monkeypatch.setattr(mosaic_kernel, "SMS", 2)
 
 
 def to_jax(bits: np.ndarray, fmt: FloatFormat) -> jax.Array:
@@ -102,12 +108,34 @@ def test_epilogue(bias, schedule):
     check("bfloat16", 20, 72, 40, schedule, batch=2, bias=bias, out_dtype="float32")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_value_split_in_registers(kind):
+    check("float32", 5, 136, 72, SPLIT_IN_REGISTERS[0], kind=kind)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (40, 200, 150)])
+@pytest.mark.parametrize("schedule", SPLIT_IN_REGISTERS)
+def test_shapes_split_in_registers(shape, schedule):
+    check("float32", *shape, schedule, batch=2)
+
+
+@pytest.mark.parametrize("swapped", list(itertools.product((False, True), repeat=2)))
+def test_a_swapped_schedule_serves_every_storage(swapped):
+    check("float32", 20, 72, 72, SPLIT_IN_REGISTERS[1], swapped=swapped)
+
+
+@pytest.mark.parametrize("bias", [(1, 1, 70), (2, 20, 70), (1, 20, 1)])
+@pytest.mark.parametrize("schedule", SPLIT_IN_REGISTERS)
+def test_epilogue_split_in_registers(bias, schedule):
+    check("float32", 20, 40, 70, schedule, batch=2, bias=bias, alpha=0.3, beta=1.7)
+
+
 def legal(dtype, swapped):
     """The schedules on a grid that `mosaic.plan` accepts for operands stored so."""
     schedules = []
-    grid = itertools.product((8, 16, 32, 64, 128), (16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 5), (False, True), (1, 3))
-    for block_m, block_n, block_k, warps, stages, persistent, group_m in grid:
-        schedule = GemmSchedule(block_m, block_n, block_k, warps, stages, persistent=persistent, group_m=group_m)
+    tiles = itertools.product((8, 16, 32, 64, 128), (16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 5))
+    for tile, swap, persistent, group_m in itertools.product(tiles, (False, True), (False, True), (1, 3)):
+        schedule = GemmSchedule(*tile, swap=swap, persistent=persistent, group_m=group_m)
         with contextlib.suppress(ValueError):
             mosaic.plan(schedule, gemm_contract(dtype), transpose_lhs=swapped[0], transpose_rhs=swapped[1])
             schedules.append(schedule)
@@ -149,6 +177,23 @@ def test_illegal_schedules_raise(change, message):
     base = {"block_m": 64, "block_n": 64, "block_k": 64, "warps": 4, "stages": 2}
     with pytest.raises(ValueError, match=message):
         mosaic.plan(GemmSchedule(**(base | change)), gemm_contract("bfloat16"), transpose_rhs=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loads": "pointer"}, "TMA"),
+        ({"block_k": 96}, "block_k"),
+        ({"block_n": 128}, "tile"),
+        ({"block_m": 72}, "tile"),
+        ({"block_m": 8, "warps": 8}, "tile"),
+        ({"block_m": 64, "block_k": 256}, "shared memory"),
+    ],
+)
+def test_illegal_schedules_split_in_registers_raise(change, message):
+    base = {"block_m": 64, "block_n": 64, "block_k": 64, "warps": 4, "stages": 2, "swap": True}
+    with pytest.raises(ValueError, match=message):
+        mosaic.plan(GemmSchedule(**(base | change)), gemm_contract("float32"), transpose_rhs=True)
 
 
 def test_aligned_shapes_need_no_workspace():

@@ -2,12 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from shared_specs.contract import Float32Split
 
-_SIGN = jnp.uint32(0x8000_0000)
-_TOP = jnp.uint32(0xFFFF_0000)
+_SIGN = np.uint32(0x8000_0000)
+_TOP = np.uint32(0xFFFF_0000)
 
 
 def split(x: jax.Array, rule: Float32Split) -> list[jax.Array]:

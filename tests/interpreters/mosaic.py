@@ -1,9 +1,9 @@
 """Mosaic's GPU interpret mode with the arithmetic of the GPU.
 
-Interpret mode runs copies, barriers and warpgroups as they are. Three things in it are not the GPU's: `wgmma` is
-`np.matmul`, a NaN converted to bfloat16 is not the GPU's NaN, and XLA runs callbacks with subnormals flushed, NumPy's too.
-Here `wgmma` is the tensor core of the reference model, conversions store the canonical NaN, and NumPy computes in a thread
-of its own.
+Interpret mode runs copies, barriers and warpgroups as they are. Four things in it are not the GPU's: `wgmma` is
+`np.matmul` and takes no operand in registers, a NaN converted to bfloat16 is not the GPU's NaN, and XLA runs callbacks with
+subnormals flushed, NumPy's too. Here `wgmma` is the tensor core of the reference model, from registers too, conversions
+store the canonical NaN, and NumPy computes in a thread of its own.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -53,7 +54,26 @@ def _evaluate(ufunc: np.ufunc, x: Any, y: Any) -> np.ndarray:
 
 _numpy = SimpleNamespace(**{**vars(np), "matmul": _Product})
 _remove_noop_transforms = gpu_callbacks._remove_noop_transforms
+_wgmma_of_refs = gpu_callbacks.wgmma
 _arithmetic = jaxpr_interpret.JaxprInterpreter._interpret_arithmetic_primitive
+
+
+def _wgmma(*, a_allocation_key_as_array: Any, **operands: Any) -> Any:
+    """`wgmma` whose operand A may be an array of floats, in registers, instead of the key of a buffer."""
+    if jnp.issubdtype(a_allocation_key_as_array.dtype, jnp.integer):
+        return _wgmma_of_refs(a_allocation_key_as_array=a_allocation_key_as_array, **operands)
+    memory, thread = gpu_callbacks._get_shared_memory(), operands["thread"]
+
+    def buffer(name: str) -> tuple[Any, Any, np.ndarray]:
+        key = gpu_callbacks.HostAllocationKey.from_array(operands[f"{name}_allocation_key_as_array"])
+        transforms = jax.tree.map(int, _without_layout(operands[f"{name}_transforms"]))
+        place = memory.access(key, transforms)
+        return key, place, memory.get_buffer_content(key, place, thread)[0]
+
+    key, place, acc = buffer("acc")
+    product = _Product(np.asarray(a_allocation_key_as_array), buffer("b")[2], acc.dtype)
+    memory.store_buffer_content(key, place, acc + product, thread)
+    return operands["token"]
 
 
 def _without_layout(transforms: tuple) -> tuple:
@@ -75,6 +95,7 @@ def interpreted() -> Iterator[None]:
     """Kernels traced in this context run on the CPU and give the GPU's bits."""
     with (
         mock.patch.object(gpu_callbacks, "np", _numpy),
+        mock.patch.object(gpu_callbacks, "wgmma", _wgmma),
         mock.patch.object(gpu_callbacks, "_remove_noop_transforms", _without_layout),
         mock.patch.object(jaxpr_interpret.JaxprInterpreter, "_interpret_arithmetic_primitive", _with_canonical_nan),
         exact.emulated(_evaluate),
