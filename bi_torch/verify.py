@@ -3,6 +3,7 @@
 Run it after a change of GPU, driver or compiler. The exit status is 1 if a bit differs from the reference model.
 """
 
+import os
 import sys
 
 import numpy as np
@@ -28,6 +29,7 @@ def engine(device: str, every: int | None = None) -> Engine:
         run=lambda case, operands: run(case, operands, device),
         large=on_gpu,
         every=every or 1,
+        jobs=min(16, os.cpu_count() or 1) if on_gpu else 1,
     )
 
 

@@ -109,7 +109,9 @@ def _plan(
         schedule = gemm_schedule("triton", contract.operand, m, n, k, _architecture(out.device.index), op)
     schedule.check(contract)
     if _rest(schedule.block_m) or _rest(schedule.block_k) or _rest(_rest(schedule.block_n)):
-        raise ValueError(f"bi_torch.gemm on CUDA: block_m and block_k must be powers of two, block_n a sum of two, got {schedule}")
+        raise ValueError(
+            f"bi_torch.gemm on CUDA: block_m and block_k must be powers of two, block_n a sum of two, got {schedule}"
+        )
     options = {"num_warps": schedule.warps, "num_stages": schedule.stages, "enable_fp_fusion": False}
     tiles = triton.cdiv(m, schedule.block_m) * triton.cdiv(n, schedule.block_n)
     if schedule.loads == "tma":

@@ -4,7 +4,7 @@ Every public function of `bi_torch.gemm.api` is this one op on views of its argu
 Inductor calls it and cannot replace it by a matmul of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -251,9 +251,10 @@ def _autograd_out(
         gemm_out(a, b, bias, alpha, beta, out_dtype, out=out)
 
 
-for name, kernels in {
+_KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     "gemm": {"CPU": _cpu, "CUDA": _cuda, "Meta": _fake, "Autograd": _autograd},
     "gemm.out": {"CPU": _cpu_out, "CUDA": _cuda_out, "Meta": _fake_out, "Autograd": _autograd_out},
-}.items():
+}
+for name, kernels in _KERNELS.items():
     for key, kernel in kernels.items():
         _LIBRARY.impl(name, kernel, key)
