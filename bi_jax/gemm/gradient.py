@@ -67,7 +67,7 @@ def _batched(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
 def _folded_bias(bias: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The bias of a product whose batch is folded into M: one row for all, or every row."""
     if math.prod(bias.shape[:-1]) == 1:
-        return bias.reshape(1, 1, bias.shape[-1])
+        return bias.reshape(1, 1, -1)
     return jnp.broadcast_to(bias, shape).reshape(1, math.prod(shape[:-1]), shape[-1])
 
 
@@ -79,18 +79,25 @@ def _backward(params: Params, saved: tuple, cotangent: jax.Array) -> tuple[jax.A
     a, b, bias = saved
     g = cotangent.astype(a.dtype)
     swap_a, swap_b = params.transpose_lhs, params.transpose_rhs
-    if swap_a:
+    symmetric = gemm_contract(a.dtype.name).split is None  # B^T @ A^T has the bits of A @ B; not so for the parts of float32
+    if swap_a and symmetric:
         grad_a = _reduced_product(b, g, swap_b, True, a.shape, params.alpha)
     else:
-        grad_a = _reduced_product(g, b, False, not swap_b, a.shape, params.alpha)
-    if swap_b:
+        grad_a = _reduced_product(g, b, False, not swap_b, _swapped(a.shape, swap_a), params.alpha)
+        grad_a = grad_a.mT if swap_a else grad_a
+    if swap_b and symmetric:
         grad_b = _reduced_product(g, a, True, swap_a, b.shape, params.alpha)
     else:
-        grad_b = _reduced_product(a, g, not swap_a, False, b.shape, params.alpha)
+        grad_b = _reduced_product(a, g, not swap_a, False, _swapped(b.shape, swap_b), params.alpha)
+        grad_b = grad_b.mT if swap_b else grad_b
     return grad_a, grad_b, None if bias is None else _reduced_sum(g, bias, params.beta)
 
 
 product.defvjp(_forward, _backward)
+
+
+def _swapped(shape: tuple[int, ...], swap: bool) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2]) if swap else shape
 
 
 def _reduced_product(

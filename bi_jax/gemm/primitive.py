@@ -133,9 +133,11 @@ mlir.register_lowering(gemm_p, _lowering(_on_cuda), platform="cuda")
 def _batch(operands: tuple[jax.Array, ...], axes: tuple[int | None, ...], **params: Any) -> tuple[jax.Array, int]:
     """vmap: more rows where only A is mapped, a larger batch otherwise. The bits of a row do not depend on which."""
     size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
-    operands = tuple(x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes, strict=True))
-    a, b, *bias = operands
+    a, b, *bias = (x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes, strict=True))
     mapped = [axis is not None for axis in axes]
+    if not any(mapped[:2]):
+        a, mapped[0] = jnp.broadcast_to(a, (size, *a.shape)), True
+    operands = a, b, *bias
     one_bias = not bias or (not mapped[2] and bias[0].shape[:2] == (1, 1))
     if mapped[0] and not mapped[1] and b.shape[0] == 1 and one_bias and not params["transpose_lhs"]:
         out = gemm_p.bind(a.reshape(1, math.prod(a.shape[:-1]), a.shape[-1]), b, *bias, **params)
