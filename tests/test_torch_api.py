@@ -11,41 +11,10 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import bi_torch
-from shared_specs import gemm_contract
-from shared_specs.formats import FORMATS, float_format
-from shared_specs.inputs import operand_bits
-from shared_specs.reference import gemm as reference
-from tests.arrays import DTYPES, to_bits, to_torch
+from shared_specs.formats import FORMATS
+from tests.arrays import DTYPES, assert_same, draw, model, views
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 dtypes = pytest.mark.parametrize("dtype", FORMATS)
-
-
-def draw(*shape, dtype="bfloat16", kind="normal", seed=0):
-    fmt = float_format(dtype)
-    return to_torch(operand_bits(kind, (1, *shape), fmt, seed + 10 * len(shape)), fmt)[0]
-
-
-def model(a, b, bias=None, *, alpha=1.0, beta=1.0, out_dtype=None):
-    """alpha * (a @ b) + beta * bias by the reference model; operands are [*, M, K] and [*, K, N]."""
-    fmt, out_fmt = float_format(NAMES[a.dtype]), float_format(NAMES[out_dtype or a.dtype])
-    options = {"alpha": alpha, "beta": beta, "out_format": out_fmt}
-    if bias is not None:
-        options |= {"bias_bits": to_bits(bias), "bias_format": float_format(NAMES[bias.dtype])}
-    return to_torch(reference(to_bits(a), to_bits(b), gemm_contract(fmt.name), **options), out_fmt)
-
-
-def integers(x):
-    return x.detach().contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16)
-
-
-def assert_same(actual, expected):
-    """Equal in shape, dtype and every bit."""
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    differing = integers(actual) != integers(expected)
-    assert not differing.any(), f"{int(differing.sum())} of {differing.numel()} outputs differ"
-
 
 # Each op on 40 elements of K: its arguments, and what torch calls the same op.
 CALLS = {
@@ -158,22 +127,6 @@ def test_empty_extents(dtype, m, k, n):
         assert_same(bi_torch.bmm(x, y), model(x, y))
         assert_same(bi_torch.baddbmm(bias, x, y), model(x, y, bias))
         assert_same(bi_torch.matmul(x, b), model(x, b))
-
-
-def views(x):
-    """[M, K] matrices in every kind of memory layout, made of the elements of x."""
-    rows, cols = x.shape
-    wide = torch.zeros(rows, 2 * cols + 3, dtype=x.dtype)
-    wide[:, 3::2] = x
-    yield "contiguous", x
-    yield "transposed", x.t().contiguous().t()
-    yield "strided columns", wide[:, 3::2]
-    yield "offset", torch.cat([x[:1], x])[1:]
-    yield "every second row", torch.stack([x, x], 1).reshape(2 * rows, cols)[::2]
-    yield "row expanded", x[:1].expand(rows, cols)
-    yield "column expanded", x[:, :1].expand(rows, cols)
-    yield "one element", x[:1, :1].expand(rows, cols)
-    yield "reversed dimensions", x.reshape(1, rows, cols).permute(2, 1, 0)[:, :, 0].t()
 
 
 VIEWS = [name for name, _ in views(draw(2, 2))]
