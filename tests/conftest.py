@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not _wants_gpu(config):
-        os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
+        os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
