@@ -211,26 +211,30 @@ def test_forward_mode_is_refused():
         jax.jvp(lambda x: bi_jax.mm(x, b), (a,), (a,))
 
 
-@ops
-def test_gradients(op):
-    """Against JAX's own products in float64."""
-    args = arguments(op, "float32")
-    out = getattr(bi_jax, op)(*args)
-    g = draw(*out.shape, dtype="float32", seed=9)
-
-    def loss(*args):
-        return (getattr(bi_jax, op)(*args) * g).sum()
-
-    value, actual = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(args)))))(*args)
+@pytest.mark.parametrize(("op", "dtype"), [*((op, "bfloat16") for op in CALLS), ("linear", "float32")])
+def test_gradients(op, dtype):
+    """Against JAX's own products in float64; the bound is a few roundings of the products and of the operand dtype."""
+    args = arguments(op, dtype)
+    out, pullback = jax.vjp(getattr(bi_jax, op), *args)
+    g = draw(*out.shape, dtype=dtype, seed=9)
+    actual = jax.jit(pullback)(g)
     with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in args]
         stock = {"linear": lambda x, w, c: x @ w.T + c}.get(op, STOCK[op] if len(args) == 3 else jnp.matmul)
-        exact, pullback = jax.vjp(stock, *wide)
-        expected = [np.asarray(x) for x in pullback(jnp.asarray(np.asarray(g, np.float64)))]
-        assert np.isclose(float(value), float((exact * np.asarray(g, np.float64)).sum()), rtol=1e-4)
-    for x, got, want in zip(args, actual, expected, strict=True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (*args, g)]
+        expected, terms = (jax.vjp(stock, *x[:-1])[1](x[-1]) for x in (wide, [abs(x) for x in wide]))
+        expected, terms = [np.asarray(x) for x in expected], [np.asarray(x) for x in terms]
+    chain = 2.0**-21 if dtype == "float32" else 2.0**-18
+    for x, got, want, size in zip(args, actual, expected, terms, strict=True):
         assert (got.shape, got.dtype) == (x.shape, x.dtype)
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        bound = float(jnp.finfo(dtype).eps) * abs(want) + chain * size
+        assert (abs(np.asarray(got, np.float64) - want) <= bound).all()
+
+
+def test_value_and_gradient_of_a_loss():
+    a, b = draw(6, 40), draw(40, 5, seed=1)
+    value, grad = jax.jit(jax.value_and_grad(lambda a: bi_jax.mm(a, b, out_dtype="float32").sum()))(a)
+    np.testing.assert_allclose(value, (np.asarray(a, np.float32) @ np.asarray(b, np.float32)).sum(), rtol=1e-4)
+    assert_same(grad, model(jnp.ones((6, 5), a.dtype), b.T))
 
 
 def test_gradients_are_products_under_the_contract():
