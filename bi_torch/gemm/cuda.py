@@ -4,6 +4,7 @@ Everything that depends on shapes, strides and dtypes alone is decided once and 
 decode loop costs a dictionary look-up and a launch.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,11 +77,16 @@ class _Plan:
         """Run on the current stream of the current device, which must be `device`; a profiler's hooks see a full launch."""
         compiled = self.compiled
         if compiled is None or triton.knobs.runtime.launch_enter_hook.calls:
-            self.compiled = self.kernel[self.grid](*arguments, **self.options)
+            self.kernel.warmup(*arguments, grid=self.grid, **self.options)  # compiles, on any number of threads at once
+            with _FIRST_LAUNCH:
+                self.compiled = self.kernel[self.grid](*arguments, **self.options)
         else:
             stream = torch._C._cuda_getCurrentRawStream(device)
             compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
+
+_FIRST_LAUNCH = threading.Lock()
+"""Triton loads a kernel on its first launch, and must not be asked for it by two threads then."""
 
 _PLANS: dict[tuple[Any, ...], _Plan] = {}
 _MAX_PLANS = 1 << 14
