@@ -14,9 +14,6 @@ are rounded one by one.
 import triton
 import triton.language as tl
 
-_UNSPECIALIZED = ["M", "stride_a_b", "stride_b_b", "stride_out_b", "stride_bias_b", "stride_bias_m"]
-"""Arguments that Triton shall not compile a kernel for each divisor of: they do not widen a load."""
-
 
 @triton.jit
 def _cdiv(x, BLOCK: tl.constexpr):
@@ -160,7 +157,7 @@ def _batch_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.
     return (index // (tiles_m * tiles_n)).to(tl.int64), tile_m, tile_n
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit
 def gemm_pointer(
     a_ptr, b_ptr, out_ptr, bias_ptr, alpha, beta, M, N, K,
     stride_a_b, stride_a_m, stride_a_k, stride_b_b, stride_b_k, stride_b_n, stride_out_b, stride_out_m, stride_out_n,
@@ -252,7 +249,7 @@ def _halves(x, CHUNKS: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(x, (2, CHUNKS // 2, x.shape[1], x.shape[2])), (1, 2, 3, 0)))
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit
 def gemm_split(
     a_ptr, b_ptr, out_ptr, bias_ptr, alpha, beta, M, N, K,
     stride_a_b, stride_a_m, stride_a_k, stride_b_b, stride_b_k, stride_b_n, stride_out_b, stride_out_m, stride_out_n,
