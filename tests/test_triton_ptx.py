@@ -1,0 +1,76 @@
+"""What the compiler makes of the Triton kernels for an H100, read from the PTX: no GPU is needed for that.
+
+The interpreter shows that the kernels' bits are right; here is what it cannot see: contraction, flushing and TF32, which
+would change bits, and the width of loads, on which the speed of every schedule rests.
+"""
+
+import re
+from functools import cache
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from bi_torch.gemm import cuda
+from shared_specs import GemmSchedule, gemm_contract, schedule_table
+from tests.arrays import DTYPES
+
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture(autouse=True)
+def _h100(monkeypatch):
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+
+
+@cache
+def ptx(dtype: str, schedule: GemmSchedule, batch: int = 1, scaled: bool = False) -> str:
+    """The PTX of the launch of an aligned x @ W^T (with alpha, beta and a bias if `scaled`), specialised as Triton does it."""
+    m, n, k = 2 * schedule.block_m, 2 * schedule.block_n, 2 * schedule.block_k
+    a, weight = torch.empty(batch, m, k, dtype=DTYPES[dtype]), torch.empty(batch, n, k, dtype=DTYPES[dtype])
+    out, bias = torch.empty(batch, m, n, dtype=DTYPES[dtype]), torch.empty(n, dtype=DTYPES[dtype]) if scaled else None
+    plan = cuda._plan(a, weight.mT, bias, out, scaled, gemm_contract(dtype), schedule)
+    backend = make_backend(TARGET)
+    binder = create_function_from_signature(plan.kernel.signature, plan.kernel.params, backend)
+    bound, specialization, options = binder(*plan.arguments(a, weight.mT, bias, out, 0.3, -1.7), **plan.options)
+    options, signature, constants, attributes = plan.kernel._pack_args(backend, plan.options, bound, specialization, options)
+    source = ASTSource(plan.kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGET, options=options.__dict__).asm["ptx"]
+
+
+ROWS = [row for row in schedule_table("sm_90") if row.engine == "triton"]
+CASES = sorted({(row.dtypes[0], row.schedule) for row in ROWS}, key=repr)
+schedules = pytest.mark.parametrize(("dtype", "schedule"), CASES, ids=repr)
+
+
+@schedules
+def test_operands_are_loaded_by_tma_or_sixteen_bytes_at_a_time(dtype, schedule):
+    text = ptx(dtype, schedule)
+    if schedule.loads == "tma":
+        assert "cp.async.bulk.tensor" in text
+    else:
+        assert "cp.async.cg.shared.global" in text
+    assert "cp.async.ca" not in text
+    assert "ld.global" not in text
+
+
+def test_batches_are_loaded_sixteen_bytes_at_a_time():
+    (schedule,) = {row.schedule for row in ROWS if row.op == "mm_strided" and row.m is None}
+    assert "cp.async.cg.shared.global" in ptx("bfloat16", schedule, batch=3)
+
+
+@schedules
+def test_arithmetic_is_rounded_once_and_not_contracted(dtype, schedule):
+    text = ptx(dtype, schedule, scaled=True)
+    assert not re.search(r"\bfma\.|\.ftz|tf32|\b(add|sub|mul)\.f32|\bdiv\.\S*f32", text)
+    assert re.search(r"\bmul\.rn\.f32", text)
+    assert re.search(r"\badd\.rn\.f32", text)
+
+
+@schedules
+def test_products_run_on_the_tensor_core_of_the_contract(dtype, schedule):
+    operand = {"bfloat16": "bf16", "float16": "f16", "float32": "bf16"}[dtype]
+    assert re.search(rf"(wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+k16\.\S*f32\.{operand}\.{operand}", ptx(dtype, schedule))
