@@ -13,7 +13,7 @@ import torch
 from torch.autograd import forward_ad
 
 from bi_torch.gemm import cpu, cuda
-from shared_specs import gemm_contract
+from shared_specs import GemmContract, gemm_contract
 
 _SCHEMA = "(Tensor a, Tensor b, Tensor? bias, float alpha, float beta, ScalarType out_dtype)"
 
@@ -61,58 +61,51 @@ def _differentiated(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None)
     return forward_ad._current_level >= 0
 
 
-def _cuda(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
-) -> torch.Tensor:
-    out = _new_output(a, b, out_dtype)
-    _cuda_out(a, b, bias, alpha, beta, out_dtype, out=out)
-    return out
+def _kernels(run: Callable[..., None]) -> tuple[Callable[..., torch.Tensor], Callable[..., None]]:
+    """The op and its `out` overload on an engine: run(a, b, bias, out, alpha=, beta=, contract=) takes 2-D and 3-D operands."""
 
-
-def _cuda_out(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    alpha: float,
-    beta: float,
-    out_dtype: torch.dtype,
-    *,
-    out: torch.Tensor,
-) -> None:
-    contract = gemm_contract(DTYPE_NAMES[a.dtype])
-    if bias is not None and np.float32(beta) == 0:
-        bias = None
-    if a.dim() == 2 and b.dim() == 2 and out.numel():
-        cuda.gemm(a, b, bias, out, alpha=alpha, beta=beta, contract=contract)
-        return
-    for x, y, z, target in _matrices(a, b, bias, out):
-        cuda.gemm(x, y, z, target, alpha=alpha, beta=beta, contract=contract)
-
-
-def _cpu(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
-) -> torch.Tensor:
-    out = _new_output(a, b, out_dtype)
-    _cpu_out(a, b, bias, alpha, beta, out_dtype, out=out)
-    return out
-
-
-def _cpu_out(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    alpha: float,
-    beta: float,
-    out_dtype: torch.dtype,
-    *,
-    out: torch.Tensor,
-) -> None:
-    if bias is not None and np.float32(beta) == 0:
-        bias = None
-    for x, y, z, target in _matrices(a, b, bias, out):
-        x, y, batched = (t if t.dim() == 3 else t.unsqueeze(0) for t in (x, y, target))
+    def into(
+        a: torch.Tensor,
+        b: torch.Tensor,
+        bias: torch.Tensor | None,
+        alpha: float,
+        beta: float,
+        out_dtype: torch.dtype,
+        *,
+        out: torch.Tensor,
+    ) -> None:
         contract = gemm_contract(DTYPE_NAMES[a.dtype])
-        batched.copy_(cpu.gemm(x, y, z, alpha=alpha, beta=beta, contract=contract, out_dtype=out_dtype))
+        if bias is not None and np.float32(beta) == 0:
+            bias = None
+        for x, y, z, target in _matrices(a, b, bias, out):
+            run(x, y, z, target, alpha=alpha, beta=beta, contract=contract)
+
+    def new(
+        a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        out = _new_output(a, b, out_dtype)
+        into(a, b, bias, alpha, beta, out_dtype, out=out)
+        return out
+
+    return new, into
+
+
+def _run_on_cpu(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    contract: GemmContract,
+) -> None:
+    a, b, batched = (x if x.dim() == 3 else x.unsqueeze(0) for x in (a, b, out))
+    batched.copy_(cpu.gemm(a, b, bias, alpha=alpha, beta=beta, contract=contract, out_dtype=out.dtype))
+
+
+_cuda, _cuda_out = _kernels(cuda.gemm)
+_cpu, _cpu_out = _kernels(_run_on_cpu)
 
 
 _Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
