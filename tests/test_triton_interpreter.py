@@ -181,3 +181,12 @@ schedules = st.builds(
 def test_random_legal_schedules(schedule, m, k, n, kind, dtype, seed):
     storage = tma_storage(m, k, n) if schedule.loads == "tma" else ("plain", "plain")
     check(dtype, m, k, n, schedule, kind=kind, seed=seed, storage=storage)
+
+
+def test_a_contract_that_the_kernels_do_not_implement_raises():
+    contract = gemm_contract("bfloat16")
+    other = replace(contract, dot=replace(contract.dot, fraction_bits=24))
+    a, b, out = (torch.zeros(1, 16, 16, dtype=torch.bfloat16) for _ in range(3))
+    for refused in (other, replace(contract, k_leaves=2)):
+        with pytest.raises(NotImplementedError, match="kernels"):
+            run(a, b, None, 1.0, 1.0, out, refused, POINTER)

@@ -15,7 +15,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bi_torch.gemm import triton_kernels
-from shared_specs import ARCHITECTURES, GemmContract, GemmSchedule, gemm_schedule
+from shared_specs import ARCHITECTURES, GemmContract, GemmSchedule, gemm_contract, gemm_schedule
 
 _TMA_ALIGNMENT = 16
 _MAX_EXTENT = 2**31 - 2**16
@@ -103,6 +103,8 @@ def _plan(
 ) -> _Plan:
     if contract.k_leaves != 1:
         raise NotImplementedError(f"bi_torch.gemm on CUDA: k_leaves = {contract.k_leaves}; the kernels implement 1")
+    if contract != gemm_contract(contract.operand):
+        raise NotImplementedError(f"bi_torch.gemm on CUDA: the kernels do not implement {contract.to_json()}")
     bias = None if bias is None else _batched(bias.expand(out.shape))
     a, b, out = _batched(a), _batched(b), _batched(out)
     batch, m, k = a.shape
