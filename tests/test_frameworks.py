@@ -15,6 +15,7 @@ from bi_bridge import to_torch as from_jax
 from shared_specs.formats import FORMATS
 from shared_specs.inputs import KINDS
 from tests.arrays import DTYPES, NAMES, assert_same, draw, model
+from tests.calls import CALLS
 
 ALIGNMENT = 64
 """Bytes at which JAX can share a CPU tensor's memory."""
@@ -79,21 +80,13 @@ def test_random_calls(dtype, wide_out, wide_bias, bias_shape, m, k, n, kind, alp
     assert_same(in_jax(addmm, bias, a, b), expected)
 
 
-CALLS = {
-    "mm": ((6, 40), (40, 5)),
-    "addmm": ((5,), (6, 40), (40, 5)),
-    "bmm": ((3, 6, 40), (3, 40, 5)),
-    "baddbmm": ((3, 1, 5), (3, 6, 40), (3, 40, 5)),
-    "matmul": ((2, 1, 6, 40), (3, 40, 5)),
-    "matmul of vectors": ((40,), (2, 40, 5)),
-    "linear": ((2, 6, 40), (5, 40), (5,)),
-}
+PRODUCTS = {**CALLS, "matmul of vectors": ((40,), (2, 40, 5))}
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "scalars"),
     [
-        *((name, "bfloat16", {}) for name in CALLS),
+        *((name, "bfloat16", {}) for name in PRODUCTS),
         ("addmm", "bfloat16", {"alpha": 0.3, "beta": -1.7}),
         ("linear", "float16", {}),
         ("linear", "float32", {}),
@@ -101,7 +94,7 @@ CALLS = {
 )
 def test_outputs_and_gradients(name, dtype, scalars):
     op = name.split()[0]
-    args = [x.requires_grad_() for x in tensors(*CALLS[name], dtype=dtype, kind="wide")]
+    args = [x.requires_grad_() for x in tensors(*PRODUCTS[name], dtype=dtype, kind="wide")]
     out = getattr(bi_torch, op)(*args, **scalars)
     (cotangent,) = tensors(out.shape, dtype=dtype, seed=9)
     expected = torch.autograd.grad(out, args, cotangent)

@@ -15,6 +15,7 @@ from shared_specs import gemm_contract
 from shared_specs.formats import FORMATS, float_format
 from shared_specs.inputs import operand_bits
 from shared_specs.reference import gemm as reference
+from tests.calls import CALLS
 
 dtypes = pytest.mark.parametrize("dtype", FORMATS)
 
@@ -41,14 +42,6 @@ def assert_same(actual, expected):
     np.testing.assert_array_equal(bits(actual), expected if isinstance(expected, np.ndarray) else bits(expected))
 
 
-CALLS = {
-    "mm": ((6, 40), (40, 5)),
-    "addmm": ((5,), (6, 40), (40, 5)),
-    "bmm": ((3, 6, 40), (3, 40, 5)),
-    "baddbmm": ((3, 1, 5), (3, 6, 40), (3, 40, 5)),
-    "matmul": ((2, 1, 6, 40), (3, 40, 5)),
-    "linear": ((2, 6, 40), (5, 40), (5,)),
-}
 STOCK = {
     "mm": np.matmul,
     "bmm": np.matmul,

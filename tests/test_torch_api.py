@@ -13,18 +13,11 @@ from torch.library import opcheck
 import bi_torch
 from shared_specs.formats import FORMATS
 from tests.arrays import DTYPES, assert_same, draw, model, views
+from tests.calls import CALLS
 
 dtypes = pytest.mark.parametrize("dtype", FORMATS)
 
-# Each op on 40 elements of K: its arguments, and what torch calls the same op.
-CALLS = {
-    "mm": ((6, 40), (40, 5)),
-    "addmm": ((5,), (6, 40), (40, 5)),
-    "bmm": ((3, 6, 40), (3, 40, 5)),
-    "baddbmm": ((3, 1, 5), (3, 6, 40), (3, 40, 5)),
-    "matmul": ((2, 1, 6, 40), (3, 40, 5)),
-    "linear": ((2, 6, 40), (5, 40), (5,)),
-}
+# What torch calls the same op.
 STOCK = {name: getattr(torch, name, None) or getattr(torch.nn.functional, name) for name in CALLS}
 ops = pytest.mark.parametrize("op", CALLS)
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from bi_jax.gemm.mosaic_float32 import RegisterSplitPlan
 from bi_jax.gemm.mosaic_kernel import ROWS, SHARED_MEMORY, Plan, kernel, round_up
 from bi_jax.gemm.split import split
-from shared_specs.contract import GemmContract
-from shared_specs.schedule import GemmSchedule, gemm_schedule
+from shared_specs.contract import Float32Split, GemmContract, gemm_contract
+from shared_specs.schedule import ARCHITECTURES, GemmSchedule, gemm_schedule
 
-ARCHITECTURE = "sm_90"
+(ARCHITECTURE,) = ARCHITECTURES
 ALIGNMENT = 16
 """Bytes: TMA wants strides that are multiples of this."""
 _FLOAT32_MULTIPLES = (1, ALIGNMENT // 4)
@@ -140,23 +140,24 @@ def workspace_bytes(
     dtype, out_dtype = jnp.dtype(dtype), jnp.dtype(out_dtype or dtype)
     m, k = a_shape[:-3:-1] if transpose_lhs else a_shape[-2:]
     n = b_shape[-2] if transpose_rhs else b_shape[-1]
-    is_split = dtype == jnp.float32
-    swapped = is_split and transpose_rhs and gemm_schedule("mosaic", dtype.name, m, n, k, ARCHITECTURE).swap
+    rule = gemm_contract(dtype.name).split
+    swapped = rule is not None and transpose_rhs and gemm_schedule("mosaic", dtype.name, m, n, k, ARCHITECTURE).swap
     a_stored = (a_shape[0], m, k) if swapped else tuple(a_shape)
-    total = _operand_bytes(a_stored, dtype, _operand_multiples(swapped or not transpose_lhs), is_split)
-    total += _operand_bytes(
-        b_shape, dtype, _FLOAT32_MULTIPLES if swapped else _operand_multiples(transpose_rhs), is_split and not swapped
-    )
+    total = _operand_bytes(a_stored, dtype, _operand_multiples(swapped or not transpose_lhs), rule)
+    if swapped:
+        total += _operand_bytes(b_shape, dtype, _FLOAT32_MULTIPLES, None)
+    else:
+        total += _operand_bytes(b_shape, dtype, _operand_multiples(transpose_rhs), rule)
     padded_n = round_up(n, ALIGNMENT // out_dtype.itemsize)
     total += max(a_shape[0], b_shape[0]) * m * padded_n * out_dtype.itemsize if padded_n != n else 0
     return total
 
 
-def _operand_bytes(shape: tuple[int, ...], dtype: Any, multiples: tuple[int, int], is_split: bool) -> int:
-    """Bytes of the copy that is made of an operand, if one is."""
+def _operand_bytes(shape: tuple[int, ...], dtype: Any, multiples: tuple[int, int], rule: Float32Split | None) -> int:
+    """Bytes of the copy that is made of an operand, if one is: its parts where `rule` splits it, else a padded copy."""
     padded = _padded_shape(shape, (1, *multiples))
-    if is_split:
-        return math.prod(padded) * 3 * 2
+    if rule is not None:
+        return math.prod(padded) * rule.parts * jnp.dtype(rule.part).itemsize
     return math.prod(padded) * dtype.itemsize if padded != tuple(shape) else 0
 
 

@@ -50,6 +50,13 @@ def gemm(
     """
     if _differentiated(a, b, bias) or torch.compiler.is_compiling():
         return _op(a, b, bias, alpha, beta, out_dtype)
+    return _below_autograd(a, b, bias, alpha, beta, out_dtype)
+
+
+def _below_autograd(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """The op on its device's kernel."""
     with torch._C._AutoDispatchBelowAutograd():
         return _op(a, b, bias, alpha, beta, out_dtype)
 
@@ -172,8 +179,7 @@ class _Gemm(torch.autograd.Function):
         ctx.save_for_backward(a, b)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.alpha, ctx.beta = alpha, beta
-        with torch._C._AutoDispatchBelowAutograd():
-            return _op(a, b, bias, alpha, beta, out_dtype)
+        return _below_autograd(a, b, bias, alpha, beta, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -224,8 +230,7 @@ def _autograd(
 ) -> torch.Tensor:
     if _differentiated(a, b, bias):
         return _Gemm.apply(a, b, bias, alpha, beta, out_dtype)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _op(a, b, bias, alpha, beta, out_dtype)
+    return _below_autograd(a, b, bias, alpha, beta, out_dtype)
 
 
 def _autograd_out(
