@@ -1,0 +1,28 @@
+"""How a row program runs on a GPU: everything that may change without changing a bit."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RowSchedule:
+    """A legal way to run a row program.
+
+    Attributes:
+        block_rows: rows that a thread block works on at a time, a power of two.
+        warps: warps of a thread block.
+        blocks_per_row: thread blocks that share the segments of a row; more than one only where rows are few and long.
+        persistent: thread blocks walk over the rows instead of being one to each.
+    """
+
+    block_rows: int = 1
+    warps: int = 4
+    blocks_per_row: int = 1
+    persistent: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block_rows", "warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"RowSchedule.{name} must be a power of two, got {value}")
+        if self.blocks_per_row < 1:
+            raise ValueError(f"RowSchedule.blocks_per_row must be positive, got {self.blocks_per_row}")

@@ -1,0 +1,67 @@
+"""The canonical listing of a program: the operations that it is made of, in order, with shared ones listed once.
+
+It is how a program gets an identity: two programs with one listing compute the same bits.
+"""
+
+import hashlib
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
+from shared_specs.sum_exp import SumExp, rescaled, term
+
+
+class Tracer:
+    """An `Arithmetic` that writes every operation down; its values are the names of lines."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, str] = {}
+
+    def __getattr__(self, operation: str) -> Any:
+        if operation.startswith("_"):
+            raise AttributeError(operation)
+        return lambda *operands: self._line(f"{operation} {' '.join(map(self._operand, operands))}")
+
+    def _line(self, text: str) -> str:
+        return self._lines.setdefault(text, f"%{len(self._lines)}")
+
+    def _operand(self, x: Any) -> str:
+        if isinstance(x, str):
+            return x
+        return float(x).hex() if isinstance(x, float) else str(int(x))
+
+    def listing(self) -> str:
+        """One line an operation."""
+        return "\n".join(f"{name} = {text}" for text, name in self._lines.items())
+
+
+@lru_cache(maxsize=None)
+def listing(program: RowProgram | ColumnProgram) -> str:
+    """What `program` computes, one line an operation; inputs are called by name."""
+    f, e, results = Tracer(), SimpleNamespace(count="count", column="column"), []
+    names = (*program.elements, *program.columns, *program.rows, *program.scalars)
+    for name in names + ((*program.ids, *program.integers, *program.gathered) if isinstance(program, RowProgram) else ()):
+        setattr(e, name, name)
+    if isinstance(program, ColumnProgram):
+        results += [f"{name}: sum {of(f, e)}" for name, of in program.sums.items()]
+        return "\n".join((f.listing(), *results))
+    for reduction in program.reductions:
+        value = reduction.of(f, e)
+        results.append(f"{reduction.name}: {reduction.kind} {value}")
+        setattr(e, reduction.name, reduction.name)
+        if reduction.kind == "sum_exp":
+            segment, row = (
+                SumExp(f"{reduction.name}.{part}_max", f"{reduction.name}.{part}_sum") for part in ("segment", "row")
+            )
+            results.append(f"  of {term(f, value, segment.max)}, rescaled {rescaled(f, segment, row.max)}")
+            setattr(e, reduction.name, row)
+    results += [f"{name}: {of(f, e)}" for outputs in (program.outputs, program.row_outputs) for name, of in outputs.items()]
+    return "\n".join((f.listing(), *results))
+
+
+@lru_cache(maxsize=None)
+def contract_id(program: RowProgram | ColumnProgram) -> str:
+    """A readable name with the SHA-256 of the listing and of the row contract: what two engines compare."""
+    digest = hashlib.sha256(f"{ROW_CONTRACT}\n{listing(program)}".encode()).hexdigest()
+    return f"{program.name}-v{ROW_CONTRACT.version}-{digest}"
