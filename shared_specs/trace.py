@@ -4,7 +4,7 @@ It is how a program gets an identity: two programs with one listing compute the 
 """
 
 import hashlib
-from functools import lru_cache
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +36,7 @@ class Tracer:
         return "\n".join(f"{name} = {text}" for text, name in self._lines.items())
 
 
-@lru_cache(maxsize=None)
+@cache
 def listing(program: RowProgram | ColumnProgram) -> str:
     """What `program` computes, one line an operation; inputs are called by name."""
     f, e, results = Tracer(), SimpleNamespace(count="count", column="column"), []
@@ -60,7 +60,7 @@ def listing(program: RowProgram | ColumnProgram) -> str:
     return "\n".join((f.listing(), *results))
 
 
-@lru_cache(maxsize=None)
+@cache
 def contract_id(program: RowProgram | ColumnProgram) -> str:
     """A readable name with the SHA-256 of the listing and of the row contract: what two engines compare."""
     digest = hashlib.sha256(f"{ROW_CONTRACT}\n{listing(program)}".encode()).hexdigest()
