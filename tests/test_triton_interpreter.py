@@ -30,7 +30,9 @@ def run(a, b, bias, alpha, beta, out, contract, schedule):
     """Launch what the CUDA path would launch, in the interpreter; operands are [B, M, K] and [B, K, N]."""
     plan = cuda._plan(a, b, bias, out, alpha != 1.0, contract, schedule)
     with gpu_arithmetic():
-        getattr(KERNELS, plan.kernel.__name__)[plan.grid](*plan.arguments(a, b, bias, out, alpha, beta), **plan.options)
+        getattr(KERNELS, plan.kernel.__name__)[plan.grid](
+            *plan.arguments(cuda._TensorMap.described, a, b, bias, out, alpha, beta), **plan.options
+        )
 
 
 def strided(x: torch.Tensor, storage: str) -> torch.Tensor:

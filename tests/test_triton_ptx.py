@@ -35,7 +35,9 @@ def ptx(dtype: str, schedule: GemmSchedule, batch: int = 1, scaled: bool = False
     plan = cuda._plan(a, weight.mT, bias, out, scaled, gemm_contract(dtype), schedule)
     backend = make_backend(TARGET)
     binder = create_function_from_signature(plan.kernel.signature, plan.kernel.params, backend)
-    bound, specialization, options = binder(*plan.arguments(a, weight.mT, bias, out, 0.3, -1.7), **plan.options)
+    bound, specialization, options = binder(
+        *plan.arguments(cuda._TensorMap.described, a, weight.mT, bias, out, 0.3, -1.7), **plan.options
+    )
     options, signature, constants, attributes = plan.kernel._pack_args(backend, plan.options, bound, specialization, options)
     source = ASTSource(plan.kernel, signature, constants, attributes)
     return triton.compile(source, target=TARGET, options=options.__dict__).asm["ptx"]

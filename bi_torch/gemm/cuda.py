@@ -4,6 +4,7 @@ Everything that depends on shapes, strides and dtypes alone is decided once and 
 decode loop costs a dictionary look-up and a launch.
 """
 
+import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bi_torch.gemm import triton_kernels
@@ -57,32 +59,60 @@ def gemm(
             _PLANS.clear()
         plan = _PLANS[key] = _plan(a, b, bias, out, alpha != 1.0, contract, schedule)
     if device == torch.cuda.current_device():
-        plan.launch(device, plan.arguments(a, b, bias, out, alpha, beta))
+        plan.launch(device, (a, b, bias, out, alpha, beta))
     else:
         with torch.cuda.device(device):
-            plan.launch(device, plan.arguments(a, b, bias, out, alpha, beta))
+            plan.launch(device, (a, b, bias, out, alpha, beta))
 
 
 @dataclass
 class _Plan:
-    """A kernel with everything but its tensors and scalars; `compiled` is filled in by the first launch."""
+    """A kernel with everything but its tensors and scalars.
+
+    Attributes:
+        kernel: the Triton function.
+        grid: thread blocks.
+        arguments: the kernel's arguments, from a function that makes one of a tensor map and its tensor, and a call's values.
+        options: compile options.
+        maps: the tensor maps, in the order of the kernel's arguments.
+        run: the launch without Triton's dispatch; filled in by the first launch.
+    """
 
     kernel: Any
     grid: tuple[int, int, int]
     arguments: Callable[..., tuple[Any, ...]]
     options: dict[str, Any]
-    compiled: Any = None
+    maps: tuple["_TensorMap", ...] = ()
+    run: Callable[..., None] | None = None
 
-    def launch(self, device: int, arguments: tuple[Any, ...]) -> None:
+    def launch(self, device: int, call: tuple[Any, ...]) -> None:
         """Run on the current stream of the current device, which must be `device`; a profiler's hooks see a full launch."""
-        compiled = self.compiled
-        if compiled is None or triton.knobs.runtime.launch_enter_hook.calls:
+        if self.run is None or triton.knobs.runtime.launch_enter_hook.calls:
+            arguments = self.arguments(_TensorMap.described, *call)
             self.kernel.warmup(*arguments, grid=self.grid, **self.options)  # compiles, on any number of threads at once
             with _FIRST_LAUNCH:
-                self.compiled = self.kernel[self.grid](*arguments, **self.options)
+                self.run = self._launcher(self.kernel[self.grid](*arguments, **self.options))
         else:
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+            self.run(torch._C._cuda_getCurrentRawStream(device), self.arguments(_TensorMap.encoded, *call))
+
+    def _launcher(self, compiled: Any) -> Callable[..., None]:
+        """A launch of `compiled`. Triton encodes every tensor map anew for each call; here they are kept."""
+        launcher = compiled.run
+        launch = launcher.launch
+        if self.maps:
+            for tensor_map, layout in zip(self.maps, compiled.metadata.tensordesc_meta, strict=True):
+                tensor_map.layout = layout
+            launch = inspect.getclosurevars(launch).nonlocals["launcher"]
+        if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
+            raise NotImplementedError("bi_torch.gemm on CUDA: a kernel that needs scratch memory")
+        function, metadata = compiled.function, compiled.packed_metadata
+        features = (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
+        x, y, z = self.grid
+
+        def run(stream: int, arguments: tuple[Any, ...]) -> None:
+            launch(x, y, z, stream, function, *features, metadata, None, None, None, *arguments)
+
+        return run
 
 
 _FIRST_LAUNCH = threading.Lock()
@@ -128,7 +158,8 @@ def _plan(
                 "bi_torch.gemm on CUDA: a schedule with loads='tma' needs one batch entry and 16-byte aligned rows"
             )
         programs = min(tiles, _multiprocessors(out.device.index)) if schedule.persistent else tiles
-        return _Plan(triton_kernels.gemm_tma, (programs, 1, 1), _tma_arguments(a, b, bias, out, scale, schedule), options)
+        maps, arguments = _tma_arguments(a, b, bias, out, scale, schedule)
+        return _Plan(triton_kernels.gemm_tma, (programs, 1, 1), arguments, options, maps)
     if _rest(schedule.block_n):
         raise ValueError(f"bi_torch.gemm on CUDA: without tensor maps block_n must be a power of two, got {schedule.block_n}")
     kernel = triton_kernels.gemm_pointer if contract.split is None else triton_kernels.gemm_split
@@ -146,8 +177,8 @@ def _batched(x: torch.Tensor) -> torch.Tensor:
 
 def _tma_arguments(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, scale: bool, schedule: GemmSchedule
-) -> Callable[..., tuple[Any, ...]]:
-    """Arguments of `gemm_tma` from the tensors of a call."""
+) -> tuple[tuple["_TensorMap", ...], Callable[..., tuple[Any, ...]]]:
+    """The tensor maps of `gemm_tma`, and its arguments from the tensors of a call."""
     m, n, k = a.shape[1], b.shape[2], a.shape[2]
     a_is_km, b_is_nk = _tma_major(a) == 1, _tma_major(b) == 1
     store_tma = _tma_major(out) == 2
@@ -166,36 +197,59 @@ def _tma_arguments(
         schedule.swap, schedule.group_m, piece_n, schedule.persistent,
     )  # fmt: skip
 
-    def arguments(a: Any, b: Any, bias: Any, out: Any, alpha: float, beta: float) -> tuple[Any, ...]:
+    def arguments(
+        mapped: Callable[["_TensorMap", torch.Tensor], tuple[Any, ...]],
+        a: Any, b: Any, bias: Any, out: Any, alpha: float, beta: float,
+    ) -> tuple[Any, ...]:  # fmt: skip
         return (
-            a_map.of(a), b_map.of(b), None if rest_map is None else rest_map.of(b),
-            None if out_map is None else out_map.of(out), out if out_map is None else None, bias,
+            *mapped(a_map, a), *mapped(b_map, b), *((None,) if rest_map is None else mapped(rest_map, b)),
+            *((None, out) if out_map is None else (*mapped(out_map, out), None)), bias,
             alpha, beta, m, n, k, *out_strides, *bias_strides, *constants,
         )  # fmt: skip
 
-    return arguments
+    return tuple(x for x in (a_map, b_map, rest_map, out_map) if x is not None), arguments
 
 
-@dataclass
 class _TensorMap:
-    """All of a tensor map but its address."""
+    """All of a tensor map but its address.
 
-    fields: dict[str, Any]
+    Attributes:
+        layout: how the compiled kernel wants the tile in shared memory; known after its first launch.
+    """
 
-    def of(self, base: torch.Tensor) -> TensorDescriptor:
-        """The descriptor of a tensor; the fields were validated once, with the plan."""
+    def __init__(self, descriptor: TensorDescriptor) -> None:
+        self._fields = vars(descriptor).copy()
+        del self._fields["base"]
+        self._extents = (*descriptor.shape, *descriptor.strides)
+        self._encoded: dict[int, tuple[Any, ...]] = {}
+        self.layout: dict[str, Any] = {}
+
+    def described(self, base: torch.Tensor) -> tuple[Any, ...]:
+        """The argument for Triton's own launch; the fields were validated once, with the plan."""
         descriptor = TensorDescriptor.__new__(TensorDescriptor)
-        descriptor.__dict__.update(self.fields, base=base)
-        return descriptor
+        descriptor.__dict__.update(self._fields, base=base)
+        return (descriptor,)
+
+    def encoded(self, base: torch.Tensor) -> tuple[Any, ...]:
+        """The arguments that a compiled kernel takes, kept by address: a weight stays where it is, activations return."""
+        address = base.data_ptr()
+        arguments = self._encoded.get(address)
+        if arguments is None:
+            if len(self._encoded) >= _MAX_ADDRESSES:
+                self._encoded.clear()
+            (descriptor,) = self.described(base)
+            arguments = self._encoded[address] = tuple(make_tensordesc_arg(descriptor, self.layout))
+        return arguments
+
+
+_MAX_ADDRESSES = 1 << 10
 
 
 def _tensor_map(x: torch.Tensor, dims: tuple[int, int], block: tuple[int, int]) -> _TensorMap:
     """The map of matrix x [1, rows, cols] as it is stored: dims[1] is contiguous, blocks are [dims[0], dims[1]]."""
     rows, contiguous = dims
-    descriptor = TensorDescriptor(x[0], [x.shape[rows], x.shape[contiguous]], [_pitch(x, rows, contiguous), 1], list(block))
-    fields = vars(descriptor).copy()
-    del fields["base"]
-    return _TensorMap(fields)
+    extents, strides = [x.shape[rows], x.shape[contiguous]], [_pitch(x, rows, contiguous), 1]
+    return _TensorMap(TensorDescriptor(x[0], extents, strides, list(block)))
 
 
 def _pointer_arguments(
@@ -222,7 +276,7 @@ def _pointer_arguments(
         schedule.group_m,
     )
 
-    def arguments(a: Any, b: Any, bias: Any, out: Any, alpha: float, beta: float) -> tuple[Any, ...]:
+    def arguments(_: Any, a: Any, b: Any, bias: Any, out: Any, alpha: float, beta: float) -> tuple[Any, ...]:
         return (a, b, out, bias, alpha, beta, *extents, *strides, *constants)
 
     return arguments
