@@ -2,7 +2,7 @@
 
 Each segment has its own maximum m_s and its own sum s_s of exp(x - m_s), in the row contract's order. The row's maximum is
 m, and its sum is the segments' tree over s_s * exp(m_s - m). So a segment is read once, wherever the row's maximum lies.
-An infinite maximum shifts by 0 instead, as in torch.logsumexp: segments of -inf then sum to 0, +inf sums to +inf.
+An infinite maximum of the row shifts by 0 instead, as in torch.logsumexp: rows of -inf then sum to 0, +inf sums to +inf.
 """
 
 from typing import NamedTuple
@@ -31,5 +31,5 @@ def term(f: Arithmetic, x: Value, segment_max: Value) -> Value:
 
 
 def rescaled(f: Arithmetic, segment: SumExp, row_max: Value) -> Value:
-    """What a segment adds to its row's sum. Exactly `segment.sum` where the segment holds the maximum."""
-    return f.mul(segment.sum, scalar.exp(f, f.sub(shift(f, segment.max), shift(f, row_max))))
+    """What a segment adds to its row's sum: `segment.sum` where it holds the maximum, 0 where it is -inf throughout."""
+    return f.mul(segment.sum, scalar.exp(f, f.sub(segment.max, shift(f, row_max))))
