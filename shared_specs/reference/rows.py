@@ -76,7 +76,7 @@ def segments(values: np.ndarray, contract: RowContract, fill: float) -> np.ndarr
     count = contract.segments(n)
     filled = np.full((rows, count * contract.segment), fill, F32)
     filled[:, :n] = values
-    return filled.reshape(rows, count, -1, contract.lanes)
+    return filled.reshape(rows, count, contract.segment // contract.lanes, contract.lanes)
 
 
 def segment_sums(values: np.ndarray, contract: RowContract) -> np.ndarray:
@@ -116,9 +116,9 @@ def _reduce(reduction: Reduction, values: np.ndarray, contract: RowContract) -> 
 
 def _sum_exp(values: np.ndarray, contract: RowContract) -> sum_exp.SumExp:
     parts = segments(values, contract, -np.inf)
-    maxima = _extreme(_F.max, parts.reshape(*parts.shape[:2], -1))  # [R, segments]
-    terms = sum_exp.term(_F, parts.reshape(*parts.shape[:2], -1), maxima[..., None])
-    sums = segment_sums(terms.reshape(len(values), -1), contract)
+    maxima = _extreme(_F.max, parts.reshape(*parts.shape[:2], contract.segment))  # [R, segments]
+    terms = sum_exp.term(_F, parts.reshape(*parts.shape[:2], contract.segment), maxima[..., None])
+    sums = segment_sums(terms.reshape(len(values), maxima.shape[1] * contract.segment), contract)
     row_max = _extreme(_F.max, maxima)[:, None]
     total = tree(sum_exp.rescaled(_F, sum_exp.SumExp(maxima, sums), row_max))[:, None]
     return sum_exp.SumExp(row_max, total)
