@@ -1,0 +1,319 @@
+"""exp, log, erf, tanh, sigmoid, rsqrt, sin, cos and what is made of them, as straight-line programs over `Arithmetic`.
+
+Libraries disagree on the last bits of these functions. A program fixes them, since IEEE 754 fixes each of its steps. It
+takes any float32, subnormals included, and gives the special values that C's function gives.
+
+Coefficients are minimax, found by linear programming on 700 Chebyshev points in extended precision: one after the other,
+the constant first, is rounded to float32, and those that remain are fitted again. Errors are in units in the last place
+(ulp) of the exact result, also where that is subnormal; `python -m benchmarks.scalar_error` measures them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shared_specs.arithmetic import Arithmetic, Value
+
+
+def float32(value: float) -> float:
+    """The float32 nearest to `value`."""
+    return float(np.float32(value))
+
+
+INF = float("inf")
+NAN = float("nan")
+
+SIGN = -(1 << 31)
+"""The pattern of a float32's sign."""
+
+TO_INTEGER = 1.5 * 2.0**23
+"""Added to a float below 2^22, it leaves the nearest integer in the low bits of the sum's pattern."""
+
+TO_INTEGER_PATTERN = 0x4B400000
+
+TO_POWER = TO_INTEGER + 127
+"""The same with the bias of the exponent: the pattern shifted left by 23 is that of a power of two."""
+
+LOG2_E = float32(1.4426950408889634)
+HALF_LOG2_E = float32(0.7213475204444817)
+LN_2 = float32(0.6931471805599453)
+LN_2_REST = float32(0.6931471805599453 - LN_2)
+LN_4 = float32(1.3862943611198906)
+LN_4_REST = float32(1.3862943611198906 - LN_4)
+SQRT_HALF = float32(0.7071067811865476)
+
+TWO_THIRDS_PATTERN = 0x3F2AAAAB
+
+HALF_PI = float32(1.5707963267948966)
+HALF_PI_REST = float32(1.5707963267948966 - HALF_PI)
+
+TWO_OVER_PI = (0, 0x517CC1B7, 0x27220A94, 0xFE13ABE8 - (1 << 32), 0xFA9A6EE0 - (1 << 32), 0x6DB14ACC, 0x9E21C820 - (1 << 32))
+"""The bits of 2/pi behind the point, after 33 zeros, as int32 words."""
+
+GELU_SCALE = float32(0.7978845608028654)
+"""sqrt(2 / pi)."""
+
+GELU_CUBIC = float32(0.044715)
+
+EXP = (
+    0.5000003576278687,
+    0.166666179895401,
+    0.041661228984594345,
+    0.008335930295288563,
+    0.0014104772126302123,
+    0.00019630874157883227,
+)
+"""(e^r - 1 - r) / r^2 for |r| <= ln 2; the relative error of e^r is 1.5e-8."""
+
+EXPM1 = (0.4999999701976776, 0.1666654646396637, 0.04166744649410248, 0.008366248570382595, 0.0013869671383872628)
+"""(e^r - 1 - r) / r^2 for |r| <= (ln 2) / 2; the relative error of e^r - 1 is 1.4e-8."""
+
+LOG1P = (
+    -0.5,
+    0.3333321511745453,
+    -0.2499980628490448,
+    0.2001042664051056,
+    -0.16680197417736053,
+    0.14005734026432037,
+    -0.12187448889017105,
+    0.13984593749046326,
+    -0.12880195677280426,
+)
+"""(log(1 + r) - r) / r^2 for |r| <= 1/3; the relative error of log(1 + r) is 5e-9."""
+
+ERFC_LOG = (
+    0.12837916612625122,
+    0.6366195678710938,
+    0.10277630388736725,
+    -0.019147826358675957,
+    -0.00016948452685028315,
+    0.00167563883587718,
+    -0.0006373306969180703,
+    0.00011884810373885557,
+    -9.385960765939672e-06,
+)
+"""-log(1 - erf(z)) / z - 1 for 0 <= z <= 4; the relative error of erf is 5e-9."""
+
+SIN = (-0.1666666716337204, 0.008333354257047176, -0.00019842384790536016, 2.7262710773356957e-06)
+"""(sin r - r) / r^3 in powers of r^2, for |r| <= 1; the relative error of sin is 4e-10."""
+
+COS = (0.04166657477617264, -0.001388469710946083, 2.4201613996410742e-05)
+"""(cos r - 1 + r^2 / 2) / r^4 in powers of r^2, for |r| <= 1; the relative error of cos is 2e-9."""
+
+
+def exp(f: Arithmetic, x: Value) -> Value:
+    """e^x.
+
+    e^x = e^r 2^2m with |r| <= ln 2. Two multiplications by 2^m reach every exponent, and only the second one rounds, where
+    the result is subnormal. Where x is clamped, the result is 0 or infinite already.
+    """
+    x = f.max(f.min(x, 89.0), -104.0)
+    shifted = f.fma(x, HALF_LOG2_E, TO_POWER)
+    r = _remainder(f, x, f.sub(shifted, TO_POWER), LN_4, LN_4_REST)
+    power_of_2 = f.from_bits(f.shift_left(f.bits(shifted), 23))
+    return f.mul(f.mul(_exp_polynomial(f, r, EXP), power_of_2), power_of_2)
+
+
+def log(f: Arithmetic, x: Value) -> Value:
+    """The natural logarithm.
+
+    x = 2^k (1 + r) with |r| <= 1/3, so log x = k ln 2 + log(1 + r); a subnormal x is scaled by 2^23 first.
+    """
+    subnormal = f.less(x, 2.0**-126)
+    pattern = f.bits(f.select(subnormal, f.mul(x, 2.0**23), x))
+    exponent = f.shift_right(f.int_sub(pattern, TWO_THIRDS_PATTERN), 23)
+    r = f.sub(f.from_bits(f.int_sub(pattern, f.shift_left(exponent, 23))), 1.0)
+    offset = f.select(subnormal, TO_INTEGER + 23, TO_INTEGER)
+    k = f.sub(f.from_bits(f.int_add(exponent, TO_INTEGER_PATTERN)), offset)
+    y = f.fma(k, LN_2, f.fma(f.mul(r, r), _polynomial(f, r, LOG1P), r))
+    y = f.select(f.less(x, INF), y, x)
+    y = f.select(f.less(x, 0.0), NAN, y)
+    return f.select(f.equal(x, 0.0), -INF, y)
+
+
+def erf(f: Arithmetic, x: Value) -> Value:
+    """The error function.
+
+    erf z = 1 - e^-w, where w = -log(1 - erf z) is a polynomial; erf 4 rounds to 1.
+    """
+    z = f.min(f.abs(x), 4.0)
+    w = f.fma(z, _polynomial(f, z, ERFC_LOG), z)
+    power_of_2, expm1 = _exp_of_negative(f, w)
+    return _copy_sign(f, f.fma(f.neg(power_of_2), expm1, f.sub(1.0, power_of_2)), x)
+
+
+def tanh(f: Arithmetic, x: Value) -> Value:
+    """The hyperbolic tangent.
+
+    tanh z = (1 - e^-2z) / (1 + e^-2z); tanh 10 rounds to 1.
+    """
+    z = f.min(f.abs(x), 10.0)
+    power_of_2, expm1 = _exp_of_negative(f, f.add(z, z))
+    numerator = f.fma(f.neg(power_of_2), expm1, f.sub(1.0, power_of_2))
+    denominator = f.fma(power_of_2, expm1, f.add(1.0, power_of_2))
+    return _copy_sign(f, f.div(numerator, denominator), x)
+
+
+def sigmoid(f: Arithmetic, x: Value) -> Value:
+    """1 / (1 + e^-x).
+
+    With e^x = p 2^i 2^j and |i - j| <= 1 it is p 2^i / (2^-j + p 2^i): no part of it overflows, and a subnormal result is
+    rounded once. Where x is clamped, the result is 0 or 1 already.
+    """
+    x = f.max(f.min(x, 104.0), -104.0)
+    shifted = f.fma(x, LOG2_E, TO_INTEGER + 2 * 127)
+    r = _remainder(f, x, f.sub(shifted, TO_INTEGER + 2 * 127), LN_2, LN_2_REST)
+    both = f.bits(shifted)
+    first = f.shift_right(both, 1)
+    second = f.int_sub(both, first)
+    e = f.mul(_exp_polynomial(f, r, EXPM1), f.from_bits(f.shift_left(first, 23)))
+    return f.div(e, f.add(e, f.from_bits(f.int_sub(254 << 23, f.shift_left(second, 23)))))
+
+
+def silu(f: Arithmetic, x: Value) -> Value:
+    """x sigmoid(x). It is -0 at -infinity."""
+    x = f.max(x, -104.0)
+    return f.mul(x, sigmoid(f, x))
+
+
+def gelu(f: Arithmetic, x: Value) -> Value:
+    """x (1 + erf(x / sqrt 2)) / 2. It is -0 at -infinity."""
+    x = f.max(x, -8.0)
+    return f.mul(f.mul(x, 0.5), f.add(1.0, erf(f, f.mul(x, SQRT_HALF))))
+
+
+def gelu_tanh(f: Arithmetic, x: Value) -> Value:
+    """x (1 + tanh u) / 2 = x sigmoid(2u), without the cancellation of 1 + tanh u. It is -0 at -infinity."""
+    x = f.max(x, -11.0)
+    u = gelu_tanh_argument(f, x)
+    return f.mul(x, sigmoid(f, f.add(u, u)))
+
+
+def gelu_tanh_argument(f: Arithmetic, x: Value) -> Value:
+    """u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    return f.mul(f.mul(x, GELU_SCALE), f.fma(f.mul(x, x), GELU_CUBIC, 1.0))
+
+
+def rsqrt(f: Arithmetic, x: Value) -> Value:
+    """1 / sqrt(x).
+
+    The root of the inverse, because a root halves the relative error of its argument. The inverse is of 2^(+-64) x, which is
+    normal as its inverse is.
+    """
+    low = f.less(f.abs(x), 1.0)
+    inverse = f.div(1.0, f.mul(x, f.select(low, 2.0**64, 2.0**-64)))
+    y = f.mul(f.sqrt(inverse), f.select(low, 2.0**32, 2.0**-32))
+    return f.select(f.equal(x, 0.0), inverse, y)
+
+
+def sin(f: Arithmetic, x: Value) -> Value:
+    """The sine of any float32; NaN at infinity."""
+    return _flip_sign(f, _quadrant_sine(f, f.abs(x), 0), f.bits(x))
+
+
+def cos(f: Arithmetic, x: Value) -> Value:
+    """The cosine of any float32; NaN at infinity."""
+    return _quadrant_sine(f, f.abs(x), 1)
+
+
+def power(f: Arithmetic, x: Value, n: Value) -> Value:
+    """x^n for an int32 n >= 0, by squaring."""
+    result: Value = 1.0
+    for i in range(31):
+        odd = f.int_equal(f.int_and(f.shift_right(n, i), 1), 1)
+        result = f.select(odd, f.mul(x, result), result)
+        x = f.mul(x, x)
+    return result
+
+
+def _polynomial(f: Arithmetic, x: Value, coefficients: Sequence[float]) -> Value:
+    """The sum of coefficients[i] x^i by Horner's rule."""
+    y: Value = coefficients[-1]
+    for c in reversed(coefficients[:-1]):
+        y = f.fma(y, x, c)
+    return y
+
+
+def _copy_sign(f: Arithmetic, magnitude: Value, x: Value) -> Value:
+    """`magnitude`, which has no sign, with the sign of x."""
+    return f.from_bits(f.int_or(f.bits(magnitude), f.int_and(f.bits(x), SIGN)))
+
+
+def _flip_sign(f: Arithmetic, x: Value, pattern: Value) -> Value:
+    """-x where `pattern` is negative, else x."""
+    return f.from_bits(f.int_xor(f.bits(x), f.int_and(pattern, SIGN)))
+
+
+def _remainder(f: Arithmetic, x: Value, n: Value, step: float, step_rest: float) -> Value:
+    """x - n (step + step_rest), rounded once: the first of the two operations is exact.
+
+    W. J. Cody, W. Waite, "Software Manual for the Elementary Functions", 1980.
+    """
+    return f.fma(n, -step_rest, f.fma(n, -step, x))
+
+
+def _exp_polynomial(f: Arithmetic, r: Value, coefficients: Sequence[float]) -> Value:
+    """e^r = 1 + r + r^2 q(r)."""
+    return f.fma(f.fma(_polynomial(f, r, coefficients), r, 1.0), r, 1.0)
+
+
+def _exp_of_negative(f: Arithmetic, w: Value) -> tuple[Value, Value]:
+    """s = 2^-n and t = e^r - 1 with e^-w = s (1 + t) and |r| <= (ln 2) / 2, for 0 <= w <= 87.
+
+    So 1 - e^-w is (1 - s) - s t without cancellation. One step reduces, because its error counts for less the larger w is.
+    """
+    shifted = f.fma(w, -LOG2_E, TO_POWER)
+    r = f.neg(f.fma(f.sub(shifted, TO_POWER), LN_2, w))
+    return f.from_bits(f.shift_left(f.bits(shifted), 23)), f.fma(f.mul(r, r), _polynomial(f, r, EXPM1), r)
+
+
+def _quadrant_sine(f: Arithmetic, x: Value, quadrants: int) -> Value:
+    """sin(x + quadrants pi/2) for x >= 0; NaN if x is infinite or NaN.
+
+    From 1 upwards, x is reduced with as many bits of 2/pi as it takes: M. Payne, R. Hanek, "Radian reduction for
+    trigonometric functions", ACM SIGNUM Newsletter 18(1), 1983.
+    """
+    small = f.less(x, 1.0)
+    turns, reduced = _reduce(f, f.bits(x))
+    r = f.select(small, x, reduced)
+    turns = f.int_add(f.select(small, 0, turns), (1 << 29) + (quadrants << 30))  # to the nearest quadrant
+    square = f.mul(r, r)
+    sine = f.fma(f.mul(square, r), _polynomial(f, square, SIN), r)
+    cosine = f.fma(f.fma(_polynomial(f, square, COS), square, -0.5), square, 1.0)
+    odd = f.int_less(f.shift_left(turns, 1), 0)
+    y = _flip_sign(f, f.select(odd, cosine, sine), turns)
+    return f.select(f.less(x, INF), y, NAN)
+
+
+def _reduce(f: Arithmetic, pattern: Value) -> tuple[Value, Value]:
+    """x / (pi/2) modulo 4 in units of 2^-30, truncated, and the angle in radians to the nearest quadrant, |angle| <= pi/4.
+
+    The x of the pattern is a 32-bit integer times a power of two, at least 1. It is multiplied by the 96 bits of 2/pi that
+    reach from 4 quadrants down to 2^-94; of the product, 57 bits are kept.
+    """
+    skip = f.int_sub(f.shift_right(pattern, 23), 127)  # bits of TWO_OVER_PI that give multiples of 4 quadrants
+    mantissa = f.int_or(f.shift_left(pattern, 8), SIGN)
+    words: list[Value] = list(TWO_OVER_PI)
+    for count in (2, 1):
+        whole = f.int_less(0, f.int_and(skip, 32 * count))
+        words = [f.select(whole, high, low) for low, high in zip(words, words[count:], strict=False)]
+    left = f.int_and(skip, 31)
+    right = f.int_xor(left, 31)
+    first, second, third = (
+        f.int_or(f.shift_left(a, left), f.shift_right_logical(f.shift_right_logical(b, 1), right))
+        for a, b in zip(words, words[1:], strict=False)
+    )
+    # Fractions of 2^-30 quadrants in units of 2^-55, so that their sum holds its carry.
+    low = f.int_add(
+        f.shift_right_logical(f.int_mul(mantissa, second), 7),
+        f.shift_right_logical(f.mul_high(mantissa, third), 7),
+    )
+    turns = f.int_add(f.int_mul(mantissa, first), f.mul_high(mantissa, second))
+    turns = f.int_add(turns, f.shift_right_logical(low, 25))
+    # The distance to the nearest quadrant in two floats: a multiple of 64 units, which is exact, and the rest.
+    distance = f.shift_right(f.shift_left(turns, 2), 2)
+    coarse = f.int_and(f.int_add(distance, 32), -64)
+    fine = f.int_add(f.shift_left(f.int_sub(distance, coarse), 25), f.int_and(low, (1 << 25) - 1))
+    high = f.to_float(coarse)
+    rest = f.fma(high, HALF_PI_REST * 2.0**-30, f.mul(f.to_float(fine), HALF_PI * 2.0**-55))
+    return turns, f.fma(high, HALF_PI * 2.0**-30, rest)
