@@ -1,0 +1,1 @@
+"""Row operations under the contract of `shared_specs`."""
