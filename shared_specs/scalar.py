@@ -9,6 +9,7 @@ the constant first, is rounded to float32, and those that remain are fitted agai
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -34,12 +35,12 @@ TO_INTEGER_PATTERN = 0x4B400000
 TO_POWER = TO_INTEGER + 127
 """The same with the bias of the exponent: the pattern shifted left by 23 is that of a power of two."""
 
+TO_POWERS = TO_INTEGER + 2 * 127
+"""The same for two powers of two, whose exponents are halves of the integer."""
+
 LOG2_E = float32(1.4426950408889634)
-HALF_LOG2_E = float32(0.7213475204444817)
 LN_2 = float32(0.6931471805599453)
 LN_2_REST = float32(0.6931471805599453 - LN_2)
-LN_4 = float32(1.3862943611198906)
-LN_4_REST = float32(1.3862943611198906 - LN_4)
 SQRT_HALF = float32(0.7071067811865476)
 
 TWO_THIRDS_PATTERN = 0x3F2AAAAB
@@ -55,18 +56,8 @@ GELU_SCALE = float32(0.7978845608028654)
 
 GELU_CUBIC = float32(0.044715)
 
-EXP = (
-    0.5000003576278687,
-    0.166666179895401,
-    0.041661228984594345,
-    0.008335930295288563,
-    0.0014104772126302123,
-    0.00019630874157883227,
-)
-"""(e^r - 1 - r) / r^2 for |r| <= ln 2; the relative error of e^r is 1.5e-8."""
-
-EXPM1 = (0.4999999701976776, 0.1666654646396637, 0.04166744649410248, 0.008366248570382595, 0.0013869671383872628)
-"""(e^r - 1 - r) / r^2 for |r| <= (ln 2) / 2; the relative error of e^r - 1 is 1.4e-8."""
+EXP = (0.4999999701976776, 0.1666654646396637, 0.04166744649410248, 0.008366248570382595, 0.0013869671383872628)
+"""q(r) = (e^r - 1 - r) / r^2 for |r| <= (ln 2) / 2; the relative error of e^r - 1 is 1.4e-8, that of e^r 4e-9."""
 
 LOG1P = (
     -0.5,
@@ -104,14 +95,27 @@ COS = (0.04166657477617264, -0.001388469710946083, 2.4201613996410742e-05)
 def exp(f: Arithmetic, x: Value) -> Value:
     """e^x.
 
-    e^x = e^r 2^2m with |r| <= ln 2. Two multiplications by 2^m reach every exponent, and only the second one rounds, where
-    the result is subnormal. Where x is clamped, the result is 0 or infinite already.
+    e^x = e^r 2^n with |r| <= (ln 2) / 2. Two powers of two, of nearly n/2 each, reach every exponent, and only multiplying by
+    the second one rounds, where the result is subnormal. Where x is clamped, the result is 0 or infinite already.
     """
     x = f.max(f.min(x, 89.0), -104.0)
-    shifted = f.fma(x, HALF_LOG2_E, TO_POWER)
-    r = _remainder(f, x, f.sub(shifted, TO_POWER), LN_4, LN_4_REST)
-    power_of_2 = f.from_bits(f.shift_left(f.bits(shifted), 23))
-    return f.mul(f.mul(_exp_polynomial(f, r, EXP), power_of_2), power_of_2)
+    shifted = f.fma(x, LOG2_E, TO_POWERS)
+    p = _exp_of_remainder(f, x, f.sub(shifted, TO_POWERS))
+    n = f.bits(shifted)
+    half = f.shift_right(n, 1)
+    p = f.mul(p, f.from_bits(f.shift_left(half, 23)))
+    return f.mul(p, f.from_bits(f.shift_left(f.int_sub(n, half), 23)))
+
+
+def exp_nonpositive(f: Arithmetic, x: Value) -> Value:
+    """e^x for x <= 0 (in fact for x <= 40), with the bits of `exp` in fewer operations.
+
+    2^(n + 64) is in range, so that the second power of two is a constant.
+    """
+    x = f.max(x, -104.0)
+    shifted = f.fma(x, LOG2_E, TO_POWER + 64)
+    p = _exp_of_remainder(f, x, f.sub(shifted, TO_POWER + 64))
+    return f.mul(f.mul(p, f.from_bits(f.shift_left(f.bits(shifted), 23))), 2.0**-64)
 
 
 def log(f: Arithmetic, x: Value) -> Value:
@@ -157,17 +161,12 @@ def tanh(f: Arithmetic, x: Value) -> Value:
 def sigmoid(f: Arithmetic, x: Value) -> Value:
     """1 / (1 + e^-x).
 
-    With e^x = p 2^i 2^j and |i - j| <= 1 it is p 2^i / (2^-j + p 2^i): no part of it overflows, and a subnormal result is
-    rounded once. Where x is clamped, the result is 0 or 1 already.
+    With e = e^-|x| it is c / (1 + e), where c = e for negative x, else 1. As c - c e / (1 + e), it suffers less from the
+    roundings of 1 + e and of the division, and a subnormal result is rounded once.
     """
-    x = f.max(f.min(x, 104.0), -104.0)
-    shifted = f.fma(x, LOG2_E, TO_INTEGER + 2 * 127)
-    r = _remainder(f, x, f.sub(shifted, TO_INTEGER + 2 * 127), LN_2, LN_2_REST)
-    both = f.bits(shifted)
-    first = f.shift_right(both, 1)
-    second = f.int_sub(both, first)
-    e = f.mul(_exp_polynomial(f, r, EXPM1), f.from_bits(f.shift_left(first, 23)))
-    return f.div(e, f.add(e, f.from_bits(f.int_sub(254 << 23, f.shift_left(second, 23)))))
+    e = exp_nonpositive(f, f.neg(f.abs(x)))
+    c = f.select(f.less(x, 0.0), e, 1.0)
+    return f.fma(f.neg(c), f.div(e, f.add(1.0, e)), c)
 
 
 def silu(f: Arithmetic, x: Value) -> Value:
@@ -244,17 +243,14 @@ def _flip_sign(f: Arithmetic, x: Value, pattern: Value) -> Value:
     return f.from_bits(f.int_xor(f.bits(x), f.int_and(pattern, SIGN)))
 
 
-def _remainder(f: Arithmetic, x: Value, n: Value, step: float, step_rest: float) -> Value:
-    """x - n (step + step_rest), rounded once: the first of the two operations is exact.
+def _exp_of_remainder(f: Arithmetic, x: Value, n: Value) -> Value:
+    """e^r = 1 + r + r^2 q(r) for r = x - n ln 2.
 
-    W. J. Cody, W. Waite, "Software Manual for the Elementary Functions", 1980.
+    The remainder takes two steps, of which the first is exact: W. J. Cody, W. Waite, "Software Manual for the Elementary
+    Functions", 1980.
     """
-    return f.fma(n, -step_rest, f.fma(n, -step, x))
-
-
-def _exp_polynomial(f: Arithmetic, r: Value, coefficients: Sequence[float]) -> Value:
-    """e^r = 1 + r + r^2 q(r)."""
-    return f.fma(f.fma(_polynomial(f, r, coefficients), r, 1.0), r, 1.0)
+    r = f.fma(n, -LN_2_REST, f.fma(n, -LN_2, x))
+    return f.fma(f.fma(_polynomial(f, r, EXP), r, 1.0), r, 1.0)
 
 
 def _exp_of_negative(f: Arithmetic, w: Value) -> tuple[Value, Value]:
@@ -264,7 +260,7 @@ def _exp_of_negative(f: Arithmetic, w: Value) -> tuple[Value, Value]:
     """
     shifted = f.fma(w, -LOG2_E, TO_POWER)
     r = f.neg(f.fma(f.sub(shifted, TO_POWER), LN_2, w))
-    return f.from_bits(f.shift_left(f.bits(shifted), 23)), f.fma(f.mul(r, r), _polynomial(f, r, EXPM1), r)
+    return f.from_bits(f.shift_left(f.bits(shifted), 23)), f.fma(f.mul(r, r), _polynomial(f, r, EXP), r)
 
 
 def _quadrant_sine(f: Arithmetic, x: Value, quadrants: int) -> Value:
@@ -300,8 +296,7 @@ def _reduce(f: Arithmetic, pattern: Value) -> tuple[Value, Value]:
     left = f.int_and(skip, 31)
     right = f.int_xor(left, 31)
     first, second, third = (
-        f.int_or(f.shift_left(a, left), f.shift_right_logical(f.shift_right_logical(b, 1), right))
-        for a, b in zip(words, words[1:], strict=False)
+        f.int_or(f.shift_left(a, left), f.shift_right_logical(f.shift_right_logical(b, 1), right)) for a, b in pairwise(words)
     )
     # Fractions of 2^-30 quadrants in units of 2^-55, so that their sum holds its carry.
     low = f.int_add(
