@@ -1,7 +1,8 @@
 """GEMM against cuBLAS on the projections of three models: `python -m benchmarks.gemm`.
 
 The weights are stored [N, K] as in torch.nn.Linear, shared between the frameworks without a copy, and rotated so that no
-call finds its weight in the L2 cache. Ratios are to torch.mm in the same run; above 1 is faster.
+call finds its weight in the L2 cache. Ratios are to torch.mm in the same run; above 1 is faster. Each weight shape has a
+process of its own; they compile side by side and take turns on the GPU.
 """
 
 import argparse
@@ -10,14 +11,12 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# One kernel after another, as in a CUDA graph captured from a stream: no command buffer may overlap independent calls.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+# XLA's command buffers are CUDA graphs; as in a graph captured from a stream, one kernel runs after another.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
 
 import jax
 import torch
@@ -31,6 +30,7 @@ from benchmarks.accuracy import Accuracy, accuracy, accuracy_table
 from benchmarks.report import Measurement, measurement_table, summarise, summary_table, write_json, write_plot
 from benchmarks.shapes import MODELS, ROWS
 from benchmarks.timing import Program, host_microseconds, jax_program, microseconds, torch_program
+from benchmarks.turns import in_turns, ready, turn
 from bi_bridge import to_jax
 from shared_specs import gemm_contract
 
@@ -40,6 +40,10 @@ JAX = "bi_jax"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 L2_MULTIPLE = 8
 """The weights of one program take at least this many times the L2 cache, or one weight does."""
+CALLS = 16
+"""Calls of one program, at least; XLA makes a command buffer of five kernels and more."""
+OUTPUT_BYTES = 1 << 29
+"""But fewer, where the outputs of so many would take more than this."""
 
 TorchCall = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -84,37 +88,46 @@ def rotated_weights(n: int, k: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.empty(n, k, device="cuda", dtype=dtype).normal_(std=k**-0.5) for _ in range(count)]
 
 
-def jax_linear(x: torch.Tensor, weights: list[jax.Array]) -> Program:
-    """The program of JAX's column, compiled."""
-    return jax_program(bi_jax.linear, to_jax(x), weights)
-
-
 def measure(args: argparse.Namespace, console: Console) -> list[Measurement]:
     """Every column for every shape and every M."""
-    dtype = DTYPES[args.dtype]
-    contenders = {name: call for name, call in torch_columns().items() if name == BASELINE or name in args.columns}
-    todo = shapes(args.models)
-    measurements = []
+    calls = [(label, n, k, args.dtype, args.m, args.columns) for (n, k), label in shapes(args.models).items()]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(args.jobs) as pool:
-        task = progress.add_task("", total=len(todo) * len(args.m))
-        for (n, k), label in todo.items():
-            weights = rotated_weights(n, k, dtype)
-            inputs = [torch.empty(m, k, device="cuda", dtype=dtype).normal_() for m in args.m]
-            progress.update(task, description=f"{label}: compiling")
-            jax_programs: list[Program | None] = [None] * len(inputs)
-            if JAX in args.columns:
-                shared = [to_jax(weight) for weight in weights]
-                jax_programs = list(pool.map(partial(jax_linear, weights=shared), inputs))
-            progress.update(task, description=f"{label}: measuring")
-            for x, in_jax in zip(inputs, jax_programs, strict=True):
-                programs = {name: torch_program(call, x, weights) for name, call in contenders.items()}
-                if in_jax is not None:
-                    programs[JAX] = in_jax
-                measurements.append(Measurement(label, len(x), n, k, microseconds(programs)))
-                progress.advance(task)
+    with Progress(*columns, console=console, transient=True) as progress:
+        results = progress.track(in_turns(measure_shape, calls), total=len(calls), description="shapes")
+        return sorted((m for result in results for m in result), key=lambda m: (m.k, m.n, m.m))
+
+
+def measure_shape(label: str, n: int, k: int, dtype: str, batches: list[int], names: list[str]) -> list[Measurement]:
+    """Every column for one weight shape and every M; a process of its own runs this."""
+    torch.set_float32_matmul_precision("highest")
+    contenders = {name: call for name, call in torch_columns().items() if name == BASELINE or name in names}
+    weights = rotated_weights(n, k, DTYPES[dtype])
+    inputs = [torch.empty(m, k, device="cuda", dtype=DTYPES[dtype]).normal_() for m in batches]
+    in_jax: list[Program | None] = [None] * len(inputs)
+    for i, x in enumerate(inputs):
+        for call in contenders.values():
+            call(x, weights[0])  # compiles
+        if JAX in names:
+            in_jax[i] = jax_program(bi_jax.linear, to_jax(x), [to_jax(w) for w in repeated(weights, len(x))])
+    torch.cuda.empty_cache()
+    ready()
+    measurements = []
+    for x, program in zip(inputs, in_jax, strict=True):
+        with turn():
+            programs = {name: torch_program(call, x, repeated(weights, len(x))) for name, call in contenders.items()}
+            if program is not None:
+                programs[JAX] = program
+            measurements.append(Measurement(label, len(x), n, k, microseconds(programs)))
+            del programs
             torch.cuda.empty_cache()
     return measurements
+
+
+def repeated(weights: list[torch.Tensor], m: int) -> list[torch.Tensor]:
+    """The weights of one program, over and over until they make enough calls."""
+    output = m * weights[0].shape[0] * weights[0].element_size()
+    calls = max(len(weights), min(CALLS, OUTPUT_BYTES // output))
+    return [weights[i % len(weights)] for i in range(calls)]
 
 
 def host_overheads() -> dict[str, float]:
@@ -140,7 +153,6 @@ def main() -> int:
     parser.add_argument("--m", nargs="+", type=int, default=list(ROWS), metavar="M", help="rows in the batch")
     columns = [name for name in (*torch_columns(), JAX) if name != BASELINE]
     parser.add_argument("--columns", nargs="+", choices=columns, default=columns, metavar="COLUMN", help=", ".join(columns))
-    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="threads that compile JAX programs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the ratios against M")
     args = parser.parse_args()
@@ -155,8 +167,8 @@ def main() -> int:
     facts = environment(args.dtype)
     console.print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", highlight=False)
     errors: list[Accuracy] = accuracy() if args.dtype == "float32" else []
-    measurements = measure(args, console)
     overheads = host_overheads()
+    measurements = measure(args, console)
     for (n, k), label in shapes(args.models).items():
         console.print(measurement_table(f"{label} ({args.dtype})", [m for m in measurements if (m.n, m.k) == (n, k)], BASELINE))
     summaries = summarise(measurements, BASELINE)

@@ -2,8 +2,9 @@
 
 A program is one host call that queues a call for every weight in a list: a CUDA graph in PyTorch, one jitted function in
 JAX. Programs are queued back to back and the host waits once, so that the device never waits for the host; the time that
-passed, divided by the calls, is the time per call. Together the weights exceed the L2 cache, so that every call reads its
-weight from memory, as a model does. Columns take turns, so that a change of the clock rate hits all of them.
+a long queue takes beyond a short one, divided by the calls between them, is the time per call: what it costs to fill the
+queue and to notice its end drops out. Together the weights exceed the L2 cache, so that every call reads its weight from
+memory, as a model does. Columns take turns, so that a change of the clock rate hits all of them.
 """
 
 import time
@@ -13,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import torch
 
 
@@ -46,14 +48,22 @@ def torch_program(
 
 
 def jax_program(call: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weights: Sequence[jax.Array]) -> Program:
-    """call(x, w) for every weight, as one jitted function with an output for each."""
+    """call(x, w) for every weight, as one jitted function that returns one number of each.
+
+    So the results stay inside the program, as a model's activations do; with an output for each, XLA would spend its time
+    on allocating them. The numbers are gathered by one small kernel a program.
+    """
     once = jax.jit(call)  # lowered once, however many weights there are
-    compiled = jax.jit(lambda x, weights: [once(x, weight) for weight in weights]).lower(x, weights).compile()
+
+    def program(x: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
+        return jnp.stack([once(x, weight)[0, 0] for weight in weights])
+
+    compiled = jax.jit(program).lower(x, weights).compile()
     return Program(len(weights), lambda: compiled(x, weights), jax.block_until_ready)
 
 
-def microseconds(programs: dict[str, Program], *, seconds: float = 0.02, repeats: int = 5) -> dict[str, float]:
-    """Median time per call of each program, in microseconds, each repeat running for about `seconds` or once."""
+def microseconds(programs: dict[str, Program], *, seconds: float = 0.01, repeats: int = 5) -> dict[str, float]:
+    """Median time per call of each program, in microseconds; a short queue runs for about `seconds`, a long one thrice that."""
     runs = {}
     for name, program in programs.items():
         _elapsed(program, 1)
@@ -61,7 +71,8 @@ def microseconds(programs: dict[str, Program], *, seconds: float = 0.02, repeats
     samples: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
         for name, program in programs.items():
-            samples[name].append(_elapsed(program, runs[name]) / (runs[name] * program.calls))
+            short, long = (_elapsed(program, count * runs[name]) for count in (1, 3))
+            samples[name].append((long - short) / (2 * runs[name] * program.calls))
     return {name: median(times) * 1e6 for name, times in samples.items()}
 
 
