@@ -45,7 +45,10 @@ def plan(
 
     Raises:
         ValueError: the schedule does not fit the contract, the registers or the shared memory.
+        NotImplementedError: the kernels do not implement the contract.
     """
+    if contract != gemm_contract(contract.operand):
+        raise NotImplementedError(f"bi_jax.gemm on CUDA: the kernels do not implement {contract.to_json()}")
     swapped = schedule.swap and contract.split is not None and transpose_rhs
     if schedule.swap and contract.split is not None and not swapped:
         schedule = dataclasses.replace(schedule, swap=False, block_k=contract.chain_k)
