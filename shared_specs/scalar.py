@@ -202,6 +202,7 @@ def rsqrt(f: Arithmetic, x: Value) -> Value:
     low = f.less(f.abs(x), 1.0)
     inverse = f.div(1.0, f.mul(x, f.select(low, 2.0**64, 2.0**-64)))
     y = f.mul(f.sqrt(inverse), f.select(low, 2.0**32, 2.0**-32))
+    y = f.select(f.less(x, 0.0), NAN, y)
     return f.select(f.equal(x, 0.0), inverse, y)
 
 

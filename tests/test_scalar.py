@@ -5,6 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from benchmarks import scalar_error
+from shared_specs import scalar
 from shared_specs.reference import NumpyArithmetic
 
 F = NumpyArithmetic()
@@ -104,3 +106,118 @@ def test_narrow_rounds_to_the_format():
     assert F.narrow(x, "bfloat16").tolist() == [1, 1 + 2.0**-7, 70144, 2.0**-25, 0]
     assert F.narrow(x, "float16").tolist() == [1 + 2.0**-9, 1 + 3 * 2.0**-9, np.inf, 0, 0]
     assert F.narrow(x, "float32").tolist() == x.tolist()
+
+
+INF, NAN = np.inf, np.nan
+
+TINY = 2.0**-149
+ZEROS = [(0.0, 0.0), (-0.0, -0.0)]
+INFINITIES_AS_SILU = [(INF, INF), (-INF, -0.0), (3e38, 3e38), (-3e38, -0.0)]
+
+SPECIAL = {
+    "exp": [(0.0, 1), (-0.0, 1), (INF, INF), (-INF, 0), (88.73, INF), (3e38, INF), (-104, 0), (-3e38, 0), (-103.9, TINY)],
+    "exp_nonpositive": [(0.0, 1), (-0.0, 1), (-INF, 0), (-104, 0), (-3e38, 0), (-103.9, TINY)],
+    "log": [(0.0, -INF), (-0.0, -INF), (1, 0), (INF, INF), (-INF, NAN), (-1, NAN), (-TINY, NAN)],
+    "erf": [*ZEROS, (INF, 1), (-INF, -1), (4, 1), (-3e38, -1), (TINY, TINY)],
+    "tanh": [*ZEROS, (INF, 1), (-INF, -1), (10, 1), (-3e38, -1), (TINY, TINY)],
+    "sigmoid": [(0.0, 0.5), (-0.0, 0.5), (INF, 1), (-INF, 0), (3e38, 1), (-3e38, 0), (-103.9, TINY)],
+    "rsqrt": [
+        *((0.0, INF), (-0.0, -INF), (INF, 0), (-INF, NAN), (-1, NAN), (-TINY, NAN), (-3e38, NAN)),
+        *((1, 1), (4, 0.5), (2.0**-148, 2.0**74), (2.0**126, 2.0**-63)),
+    ],
+    "sin": [*ZEROS, (INF, NAN), (-INF, NAN), (TINY, TINY), (-TINY, -TINY)],
+    "cos": [(0.0, 1), (-0.0, 1), (INF, NAN), (-INF, NAN), (TINY, 1)],
+    "silu": [*ZEROS, *INFINITIES_AS_SILU],
+    "gelu": [*ZEROS, *INFINITIES_AS_SILU],
+    "gelu_tanh": [*ZEROS, *INFINITIES_AS_SILU],
+}
+"""Arguments and values of each program."""
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_values(name):
+    program = getattr(scalar, name)
+    x, want = np.array(SPECIAL[name], np.float32).T
+    got = program(F, x)
+    assert got.dtype == np.float32
+    assert np.array_equal(got, want, equal_nan=True)
+    ordinary = ~np.isnan(want)
+    assert np.array_equal(np.signbit(got[ordinary]), np.signbit(want[ordinary]))
+    nans = np.array([0x7FC00000, 0x7FFFFFFF, 0xFFC00001, 0xFFFFFFFF], np.uint32).view(np.float32)
+    assert np.isnan(program(F, nans)).all()
+
+
+BOUNDS = {
+    "exp": 0.9,
+    "log": 1.0,
+    "erf": 2.0,
+    "tanh": 2.0,
+    "sigmoid": 1.6,
+    "rsqrt": 0.9,
+    "sin": 1.5,
+    "cos": 1.5,
+    "silu": 2.0,
+    "gelu": 2.0,
+    "gelu_tanh": 2.0,
+}
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """Patterns of every exponent, all sizes of arguments that matter, and the neighbours of multiples of pi/2."""
+    rng = np.random.default_rng(4)
+    middle = np.exp2(rng.uniform(-12, 8, 1 << 17)) * rng.choice([-1, 1], 1 << 17)
+    quadrants = rng.integers(1, 1 << 20, 1 << 14) * (np.pi / 2)
+    return np.concatenate([patterns(1 << 17, 5), floats(*middle, *quadrants, *-quadrants)])
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_error_bounds(name, sample):
+    error = scalar_error.errors(name, sample)
+    i = int(np.argmax(error))
+    assert error[i] <= BOUNDS[name], f"{name}({sample[i]!r})"
+
+
+def test_sine_and_cosine_of_large_arguments():
+    # The float32 nearest to a multiple of pi/2 is 16367173 * 2^72; the others are ordinary.
+    x = floats(16367173 * 2.0**72, 2.0**127, 3.4028235e38, 1e22)
+    for name in ("sin", "cos"):
+        assert scalar_error.errors(name, x).max() <= BOUNDS[name]
+
+
+def test_bounded_functions_stay_in_bounds(sample):
+    finite = sample[np.isfinite(sample)]
+    for name in ("sin", "cos", "tanh", "erf", "sigmoid"):
+        assert np.abs(getattr(scalar, name)(F, finite)).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["exp", "log", "erf", "tanh", "sigmoid"])
+def test_monotone_over_distant_arguments(name):
+    x = np.exp2(np.arange(-149, 127.9, 0.03)).astype(np.float32)
+    x = x if name == "log" else np.concatenate([-x[::-1], x])
+    y = getattr(scalar, name)(F, x)
+    assert (y[1:] >= y[:-1]).all()
+
+
+def test_odd_and_even(sample):
+    finite = sample[np.isfinite(sample)]
+    for name, sign in (("sin", -1), ("tanh", -1), ("erf", -1), ("cos", 1)):
+        program = getattr(scalar, name)
+        assert np.array_equal(program(F, -finite), np.float32(sign) * program(F, finite))
+
+
+def test_exp_of_nonpositive_arguments_is_exp():
+    x = np.concatenate([-np.abs(patterns(1 << 16, 6)), floats(*-np.exp2(np.linspace(-30, 7, 1 << 16)))])
+    assert np.array_equal(scalar.exp(F, x), scalar.exp_nonpositive(F, x), equal_nan=True)
+
+
+def test_power():
+    n = np.array([0, 1, 2, 3, 31, 1000, 100_000, (1 << 31) - 1], np.int32)
+    beta = np.float32(0.999)
+    exact = np.float64(beta) ** n
+    got = scalar.power(F, beta, n)
+    assert got[:2].tolist() == [1, beta]
+    assert got[-1] == 0
+    normal = exact > 2.0**-126
+    assert (np.abs(got[normal] / exact[normal] - 1) <= n[normal] * 2.0**-24).all()
+    assert scalar.power(F, np.float32(-2), np.array([127, 128], np.int32)).tolist() == [-(2.0**127), INF]
