@@ -2,7 +2,7 @@
 
 Each segment has its own maximum m_s and its own sum s_s of exp(x - m_s), in the row contract's order. The row's maximum is
 m, and its sum is the segments' tree over s_s * exp(m_s - m). So a segment is read once, wherever the row's maximum lies.
-An infinite maximum of the row shifts by 0 instead, as in torch.logsumexp: rows of -inf then sum to 0, +inf sums to +inf.
+Segments of -inf add 0, whatever the row's maximum; a row with +inf has the sum NaN.
 """
 
 from typing import NamedTuple
@@ -21,15 +21,15 @@ class SumExp(NamedTuple):
 
 
 def shift(f: Arithmetic, maximum: Value) -> Value:
-    """What is subtracted before exp: the maximum, or 0 where that is infinite."""
-    return f.select(f.equal(f.abs(maximum), INF), 0.0, maximum)
+    """What is subtracted before exp: the maximum, or 0 where that is -inf."""
+    return f.select(f.equal(maximum, -INF), 0.0, maximum)
 
 
 def term(f: Arithmetic, x: Value, segment_max: Value) -> Value:
     """What an element adds to its segment's sum."""
-    return scalar.exp(f, f.sub(x, shift(f, segment_max)))
+    return scalar.exp_nonpositive(f, f.sub(x, shift(f, segment_max)))
 
 
 def rescaled(f: Arithmetic, segment: SumExp, row_max: Value) -> Value:
     """What a segment adds to its row's sum: `segment.sum` where it holds the maximum, 0 where it is -inf throughout."""
-    return f.mul(segment.sum, scalar.exp(f, f.sub(segment.max, shift(f, row_max))))
+    return f.mul(segment.sum, scalar.exp_nonpositive(f, f.sub(segment.max, shift(f, row_max))))

@@ -1,6 +1,7 @@
 """softmax, log_softmax, logsumexp, token_logprobs and cross_entropy, and their gradients.
 
-All rest on the `sum_exp` reduction. A row whose maximum is infinite has no softmax: its outputs are NaN, as in torch.
+All rest on the `sum_exp` reduction. A row whose maximum is infinite has no softmax: its outputs are NaN, as in torch. No
+argument of exp is positive, but for rounding.
 """
 
 from functools import cache
@@ -9,22 +10,24 @@ from shared_specs import scalar
 from shared_specs.rows import Reduction, RowProgram
 from shared_specs.sum_exp import INF, shift
 
-NAN = float("nan")
-
 _STATISTICS = (Reduction("stats", "sum_exp", lambda f, e: e.x),)
 
 LOGSUMEXP = RowProgram(
     "logsumexp",
     elements=("x",),
     reductions=_STATISTICS,
-    row_outputs={"y": lambda f, e: f.add(scalar.log(f, e.stats.sum), shift(f, e.stats.max))},
+    row_outputs={
+        "y": lambda f, e: f.select(
+            f.equal(f.abs(e.stats.max), INF), e.stats.max, f.add(scalar.log(f, e.stats.sum), e.stats.max)
+        )
+    },
 )
 
 LOGSUMEXP_BACKWARD = RowProgram(
     "logsumexp_backward",
     elements=("x",),
     rows=("g", "y"),
-    outputs={"dx": lambda f, e: f.mul(e.g, scalar.exp(f, f.sub(e.x, f.select(f.equal(e.y, -INF), 0.0, e.y))))},
+    outputs={"dx": lambda f, e: f.mul(e.g, scalar.exp_nonpositive(f, f.sub(e.x, f.select(f.equal(e.y, -INF), 0.0, e.y))))},
 )
 
 # The quotient is a product with the reciprocal of the sum, which is computed once a row.
@@ -32,7 +35,7 @@ SOFTMAX = RowProgram(
     "softmax",
     elements=("x",),
     reductions=_STATISTICS,
-    outputs={"y": lambda f, e: f.mul(scalar.exp(f, f.sub(e.x, shift(f, e.stats.max))), f.div(1.0, _total(f, e)))},
+    outputs={"y": lambda f, e: f.mul(scalar.exp_nonpositive(f, f.sub(e.x, shift(f, e.stats.max))), f.div(1.0, e.stats.sum))},
 )
 
 SOFTMAX_BACKWARD = RowProgram(
@@ -50,7 +53,7 @@ LOG_SOFTMAX_BACKWARD = RowProgram(
     "log_softmax_backward",
     elements=("y", "g"),
     reductions=(Reduction("total", "sum", lambda f, e: e.g),),
-    outputs={"dx": lambda f, e: f.sub(e.g, f.mul(scalar.exp(f, e.y), e.total))},
+    outputs={"dx": lambda f, e: f.sub(e.g, f.mul(scalar.exp_nonpositive(f, e.y), e.total))},
 )
 
 
@@ -68,7 +71,7 @@ def token_logprobs(temperature: bool) -> RowProgram:
         row_outputs={
             "y": lambda f, e: _log_probability(f, e, _scaled(f, e, e.chosen, temperature)),
             "max": lambda f, e: e.stats.max,
-            "log_sum": lambda f, e: scalar.log(f, _total(f, e)),
+            "log_sum": lambda f, e: scalar.log(f, e.stats.sum),
         },
     )
 
@@ -78,7 +81,7 @@ def token_logprobs_backward(temperature: bool) -> RowProgram:
     """dx = g * (1 at the id - softmax(x / temperature)) / temperature."""
 
     def gradient(f, e):
-        probability = scalar.exp(f, f.sub(f.sub(_scaled(f, e, e.x, temperature), e.max), e.log_sum))
+        probability = scalar.exp_nonpositive(f, f.sub(f.sub(_scaled(f, e, e.x, temperature), e.max), e.log_sum))
         dx = f.mul(e.g, f.sub(f.select(f.int_equal(e.column, e.id), 1.0, 0.0), probability))
         return f.div(dx, e.temperature) if temperature else dx
 
@@ -115,7 +118,7 @@ def cross_entropy(smoothing: bool) -> RowProgram:
         integers=("ignore_index",),
         gathered={"chosen": ("x", "id")},
         reductions=(*_STATISTICS, *uniform),
-        row_outputs={"y": loss, "max": lambda f, e: e.stats.max, "log_sum": lambda f, e: scalar.log(f, _total(f, e))},
+        row_outputs={"y": loss, "max": lambda f, e: e.stats.max, "log_sum": lambda f, e: scalar.log(f, e.stats.sum)},
     )
 
 
@@ -124,7 +127,7 @@ def cross_entropy_backward(smoothing: bool) -> RowProgram:
     """dx = g * (softmax(x) - target), 0 in a row whose id is `ignore_index`."""
 
     def gradient(f, e):
-        probability = scalar.exp(f, f.sub(f.sub(e.x, e.max), e.log_sum))
+        probability = scalar.exp_nonpositive(f, f.sub(f.sub(e.x, e.max), e.log_sum))
         here = f.int_equal(e.column, e.id)
         if smoothing:
             share = f.div(e.smoothing, e.count)
@@ -144,12 +147,8 @@ def cross_entropy_backward(smoothing: bool) -> RowProgram:
     )
 
 
-def _total(f, e):
-    return f.select(f.equal(f.abs(e.stats.max), INF), NAN, e.stats.sum)
-
-
 def _log_probability(f, e, x):
-    return f.sub(f.sub(x, e.stats.max), scalar.log(f, _total(f, e)))
+    return f.sub(f.sub(x, e.stats.max), scalar.log(f, e.stats.sum))
 
 
 def _scaled(f, e, x, temperature):
