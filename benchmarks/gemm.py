@@ -108,13 +108,14 @@ def measure_shape(label: str, n: int, k: int, dtype: str, batches: list[int], na
         for call in contenders.values():
             call(x, weights[0])  # compiles
         if JAX in names:
-            in_jax[i] = jax_program(bi_jax.linear, to_jax(x), [to_jax(w) for w in repeated(weights, len(x))])
+            in_jax[i] = jax_program(bi_jax.linear, [(to_jax(x), to_jax(w)) for w in repeated(weights, len(x))])
     torch.cuda.empty_cache()
     ready()
     measurements = []
     for x, program in zip(inputs, in_jax, strict=True):
         with turn():
-            programs = {name: torch_program(call, x, repeated(weights, len(x))) for name, call in contenders.items()}
+            arguments = [(x, w) for w in repeated(weights, len(x))]
+            programs = {name: torch_program(call, arguments) for name, call in contenders.items()}
             if program is not None:
                 programs[JAX] = program
             measurements.append(Measurement(label, len(x), n, k, microseconds(programs)))

@@ -1,10 +1,10 @@
 """Device time per call, measured in the same way for PyTorch and JAX.
 
-A program is one host call that queues a call for every weight in a list: a CUDA graph in PyTorch, one jitted function in
-JAX. Programs are queued back to back and the host waits once, so that the device never waits for the host; the time that
+A program is one host call that queues a call for each of several tuples of arguments: a CUDA graph in PyTorch, one jitted
+function in JAX. Programs are queued back to back and the host waits once, so that the device never waits for the host; the time that
 a long queue takes beyond a short one, divided by the calls between them, is the time per call: what it costs to fill the
-queue and to notice its end drops out. Together the weights exceed the L2 cache, so that every call reads its weight from
-memory, as a model does. Columns take turns, so that a change of the clock rate hits all of them.
+queue and to notice its end drops out. Arguments that rotate, and together exceed the L2 cache, are read from memory, as a
+model reads its weights. Columns take turns, so that a change of the clock rate hits all of them.
 """
 
 import time
@@ -27,39 +27,38 @@ class Program:
     wait: Callable[[Any], object]
 
 
-def torch_program(
-    call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor]
-) -> Program:
-    """call(x, w) for every weight, as one CUDA graph."""
+def torch_program(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Program:
+    """call(*args) for all `arguments`, as one CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compilation and lazy initialisation must not happen under capture
-        call(x, weights[0])
+        call(*arguments[0])
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # JAX's threads may call CUDA meanwhile
-        outputs = [call(x, weight) for weight in weights]
+        outputs = [call(*args) for args in arguments]
 
-    def enqueue() -> list[torch.Tensor]:
+    def enqueue() -> list[Any]:
         graph.replay()
         return outputs
 
-    return Program(len(weights), enqueue, lambda _: torch.cuda.synchronize())
+    return Program(len(arguments), enqueue, lambda _: torch.cuda.synchronize())
 
 
-def jax_program(call: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weights: Sequence[jax.Array]) -> Program:
-    """call(x, w) for every weight, as one jitted function that returns one number of each.
+def jax_program(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Program:
+    """call(*args) for all `arguments`, as one jitted function that returns one number of every result.
 
     So the results stay inside the program, as a model's activations do; with an output for each, XLA would spend its time
     on allocating them. The numbers are gathered by one small kernel a program.
     """
-    once = jax.jit(call)  # lowered once, however many weights there are
+    once = jax.jit(call)  # lowered once, however many calls there are
 
-    def program(x: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
-        return jnp.stack([once(x, weight)[0, 0] for weight in weights])
+    def program(arguments: Sequence[tuple[Any, ...]]) -> jax.Array:
+        results = jax.tree.leaves([once(*args) for args in arguments])
+        return jnp.stack([x[(0,) * x.ndim].astype(jnp.float32) for x in results])
 
-    compiled = jax.jit(program).lower(x, weights).compile()
-    return Program(len(weights), lambda: compiled(x, weights), jax.block_until_ready)
+    compiled = jax.jit(program).lower(arguments).compile()
+    return Program(len(arguments), lambda: compiled(arguments), jax.block_until_ready)
 
 
 def microseconds(programs: dict[str, Program], *, seconds: float = 0.01, repeats: int = 5) -> dict[str, float]:

@@ -57,8 +57,8 @@ def test_time_per_call() -> None:
 
 
 def test_a_jax_program_makes_every_call() -> None:
-    weights = [jnp.full((3, 2), float(i)) for i in range(4)]
-    program = jax_program(lambda x, w: x @ w.T, jnp.ones((5, 2)), weights)
+    arguments = [(jnp.ones((5, 2)), jnp.full((3, 2), float(i))) for i in range(4)]
+    program = jax_program(lambda x, w: x @ w.T, arguments)
     outputs = program.enqueue()
     program.wait(outputs)
     assert program.calls == 4
