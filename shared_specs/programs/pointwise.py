@@ -108,3 +108,14 @@ ROTARY_BACKWARD = RowProgram(
         "dx2": lambda f, e: f.sub(f.mul(e.g2, e.cos), f.mul(e.g1, e.sin)),
     },
 )
+
+# The angle of a pair is its frequency times the position of the token.
+ROTARY_TABLES = RowProgram(
+    "rotary_tables",
+    elements=("frequency",),
+    rows=("position",),
+    outputs={
+        "cos": lambda f, e: scalar.cos(f, f.mul(e.position, e.frequency)),
+        "sin": lambda f, e: scalar.sin(f, f.mul(e.position, e.frequency)),
+    },
+)

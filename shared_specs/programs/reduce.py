@@ -50,6 +50,19 @@ SPREAD = RowProgram("spread", elements=("like",), rows=("g",), outputs={"dx": la
 
 MEAN_BACKWARD = RowProgram("mean_backward", elements=("like",), rows=("g",), outputs={"dx": lambda f, e: f.div(e.g, e.count)})
 
+# A mean over some of the row, the others being 0: the sum divided by a number that is given.
+MEAN_OF = RowProgram(
+    "mean_of",
+    elements=("x",),
+    rows=("divisor",),
+    reductions=SUM.reductions,
+    row_outputs={"y": lambda f, e: f.div(e.total, e.divisor)},
+)
+
+MEAN_OF_BACKWARD = RowProgram(
+    "mean_of_backward", elements=("like",), rows=("g", "divisor"), outputs={"dx": lambda f, e: f.div(e.g, e.divisor)}
+)
+
 VAR_BACKWARD = RowProgram(
     "var_backward",
     elements=("x",),

@@ -1,0 +1,179 @@
+"""Row ops registered with PyTorch's dispatcher: for CPU, CUDA, fake tensors and autograd.
+
+An op is a thin shell over a program of `shared_specs.programs`, on [R, N] tensors. It is opaque to the compiler, which calls
+it and cannot rewrite it. The families (`softmax`, `norm` and so on) register their ops here, next to their public functions.
+"""
+
+from collections.abc import Callable, Mapping
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from shared_specs.rows import ColumnProgram, RowProgram
+
+_LIBRARY = torch.library.Library("bi_torch", "FRAGMENT")
+
+STATISTICS = ("mean", "rstd", "max", "log_sum", "norm", "factor")
+"""Outputs that stay float32 whatever the dtype of the op; gradients need them and have none themselves."""
+
+Program = RowProgram | ColumnProgram
+Choose = Callable[[SimpleNamespace], Program]
+Gradient = Callable[[SimpleNamespace, SimpleNamespace], Mapping[str, Tensor]]
+"""A function (saved, cotangents) -> gradients by the name of the input.
+
+`saved` holds what the op was told to keep and every argument that is no tensor, `dtypes` of the tensor arguments by name,
+and `needs`, the names of the inputs that want a gradient; `cotangents` holds one for each output, by name.
+"""
+
+
+class Op:
+    """A registered op, called as its schema says.
+
+    Args:
+        schema: name, arguments and results; their names are those of the program.
+        cpu, cuda, fake: kernels, with the schema's signature.
+        keep: tensors, arguments or results, that the gradient needs.
+        gradient: without one, asking for a gradient is an error.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        cpu: Callable[..., Any],
+        cuda: Callable[..., Any],
+        fake: Callable[..., Any],
+        keep: tuple[str, ...] = (),
+        gradient: Gradient | None = None,
+    ) -> None:
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.name = schema.partition("(")[0]
+        self._overload = getattr(torch.ops.bi_torch, self.name).default
+        self._inputs = [argument.name for argument in self._overload._schema.arguments]
+        self._results = [result.name for result in self._overload._schema.returns]
+        self._keep, self._gradient = keep, gradient
+        for key, kernel in {"CPU": cpu, "CUDA": cuda, "Meta": fake}.items():
+            _LIBRARY.impl(self.name, kernel, key)
+        torch.library.register_autograd(
+            f"bi_torch::{self.name}", self._backward, setup_context=self._set_up_context, lib=_LIBRARY
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        """The op through the dispatcher.
+
+        Without a gradient to record, the autograd key is skipped: it would do the same at a higher overhead. A compiler traces
+        the op itself.
+        """
+        if torch.compiler.is_compiling() or _differentiated(args):
+            return self._overload(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._overload(*args)
+
+    def _set_up_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        results = dict(zip(self._results, output if isinstance(output, tuple) else (output,), strict=True))
+        arguments = dict(zip(self._inputs, inputs, strict=True))
+        tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+        ctx.save_for_backward(*((tensors | results).get(name) for name in self._keep))
+        ctx.plain = {name: x for name, x in arguments.items() if name not in tensors}
+        ctx.dtypes = {name: x.dtype for name, x in tensors.items()}
+        ctx.mark_non_differentiable(*(x for name, x in results.items() if name in STATISTICS))
+
+    def _backward(self, ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if self._gradient is None:
+            raise RuntimeError(f"bi_torch.{self.name} has no gradient; second-order gradients of row ops are not available")
+        kept = dict(zip(self._keep, ctx.saved_tensors, strict=True))
+        needs = {name for name, needed in zip(self._inputs, ctx.needs_input_grad, strict=True) if needed}
+        saved = SimpleNamespace(**(ctx.plain | kept), dtypes=ctx.dtypes, needs=needs)
+        gradients = self._gradient(saved, SimpleNamespace(**dict(zip(self._results, cotangents, strict=True))))
+        return tuple(gradients.get(name) if name in needs else None for name in self._inputs)
+
+
+def row_op(schema: str, program: Program | Choose, *, keep: tuple[str, ...] = (), gradient: Gradient | None = None) -> Op:
+    """The op of a program, or of a choice of programs by the arguments.
+
+    Arguments are the program's inputs, scalars and integers by name; an input that a variant lacks is optional. A result with
+    the name of an input has its dtype; others have that of the argument `dtype`, or float32.
+    """
+
+    def chosen(args: SimpleNamespace) -> Program:
+        return program if isinstance(program, Program) else program(args)
+
+    def kernel(engine: Callable[[], ModuleType]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            e = SimpleNamespace(**dict(zip(op._inputs, args, strict=True)))
+            return _run(engine(), chosen(e), e, op._results)
+
+        return run
+
+    def fake(*args: Any) -> Any:
+        e = SimpleNamespace(**dict(zip(op._inputs, args, strict=True)))
+        return _new_outputs(chosen(e), e, op._results)
+
+    op = Op(schema, cpu=kernel(_cpu), cuda=kernel(_cuda), fake=fake, keep=keep, gradient=gradient)
+    return op
+
+
+def _cpu() -> ModuleType:
+    from bi_torch.rows import cpu
+
+    return cpu
+
+
+def _cuda() -> ModuleType:
+    from bi_torch.rows import cuda  # imports Triton
+
+    return cuda
+
+
+def _run(engine: ModuleType, program: Program, e: SimpleNamespace, results: list[str]) -> Any:
+    inputs = {name: _with_rows(getattr(e, name)) for name in program.elements}
+    inputs |= {name: getattr(e, name).contiguous() for name in program.columns}
+    inputs |= {name: getattr(e, name).to(torch.float32).contiguous() for name in program.rows}
+    scalars = {name: getattr(e, name) for name in program.scalars}
+    dtypes = {name: _out_dtype(name, e) for name in results}
+    if isinstance(program, ColumnProgram):
+        outputs = engine.run_columns(program, inputs, scalars, dtypes)
+    else:
+        inputs |= {name: getattr(e, name).contiguous() for name in program.ids}
+        scalars |= {name: getattr(e, name) for name in program.integers}
+        outputs = engine.run_rows(program, inputs, scalars, dtypes)
+    return _pack(outputs, results)
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """A matrix whose rows are contiguous."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _new_outputs(program: Program, e: SimpleNamespace, results: list[str]) -> Any:
+    like = getattr(e, program.elements[0])
+    rows, columns = like.shape
+    outputs = {}
+    for name in results:
+        if isinstance(program, ColumnProgram):
+            shape: tuple[int, ...] = (columns,)
+        else:
+            shape = (rows, columns) if name in program.outputs else (rows,)
+        outputs[name] = like.new_empty(shape, dtype=_out_dtype(name, e))
+    return _pack(outputs, results)
+
+
+def _out_dtype(name: str, e: SimpleNamespace) -> torch.dtype:
+    if name in STATISTICS:
+        return torch.float32
+    replaced = getattr(e, name, None)
+    return replaced.dtype if isinstance(replaced, Tensor) else getattr(e, "dtype", torch.float32)
+
+
+def _pack(outputs: Mapping[str, Tensor], results: list[str]) -> Any:
+    return outputs[results[0]] if len(results) == 1 else tuple(outputs[name] for name in results)
+
+
+def _differentiated(args: tuple[Any, ...]) -> bool:
+    """True if a gradient is to be recorded or, in forward mode, has to be refused."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return True
+    return forward_ad._current_level >= 0

@@ -1,0 +1,146 @@
+"""softmax, log_softmax, token_logprobs and cross_entropy.
+
+All use one sum of exponentials a row; so token_logprobs has the bits of log_softmax followed by a gather.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bi_torch.rows.arguments import FLOATS, IDS, check_dtype, check_shape, check_tensor, dims_of, from_rows, to_rows
+from bi_torch.rows.library import Op, row_op
+from bi_torch.rows.reduce import INTEGERS, sum
+from shared_specs.programs import reduce as reduce_programs
+from shared_specs.programs import softmax as programs
+
+_softmax_backward = row_op("softmax_backward(Tensor y, Tensor g, ScalarType dtype) -> Tensor dx", programs.SOFTMAX_BACKWARD)
+_softmax = row_op(
+    "softmax(Tensor x, ScalarType dtype) -> Tensor y",
+    programs.SOFTMAX,
+    keep=("y",),
+    gradient=lambda s, g: {"x": _softmax_backward(s.y, g.y, s.dtypes["x"])},
+)
+
+_log_softmax_backward = row_op(
+    "log_softmax_backward(Tensor y, Tensor g, ScalarType dtype) -> Tensor dx", programs.LOG_SOFTMAX_BACKWARD
+)
+_log_softmax = row_op(
+    "log_softmax(Tensor x, ScalarType dtype) -> Tensor y",
+    programs.LOG_SOFTMAX,
+    keep=("y",),
+    gradient=lambda s, g: {"x": _log_softmax_backward(s.y, g.y, s.dtypes["x"])},
+)
+
+
+def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """exp(input) / sum(exp(input)) over `dim`; float32 inside, rounded once to `dtype`, the input's by default."""
+    return _over_dim("softmax", _softmax, input, dim, dtype)
+
+
+def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The logarithm of softmax, without its rounding; dtypes as in `softmax`."""
+    return _over_dim("log_softmax", _log_softmax, input, dim, dtype)
+
+
+def _over_dim(name: str, op: Op, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+    check_tensor(name, "input", input, FLOATS if dtype is None else FLOATS + INTEGERS)
+    if not isinstance(dim, int):
+        raise TypeError(f"bi_torch.{name}: dim must be int, got {type(dim).__name__}")
+    dims = dims_of(name, input, dim)
+    dtype = dtype or input.dtype
+    check_dtype(name, dtype)
+    x = input if input.dtype in FLOATS else input.to(torch.float32)
+    return from_rows(op(to_rows(x, dims), dtype), input, dims)
+
+
+_token_logprobs_backward = row_op(
+    "token_logprobs_backward(Tensor x, Tensor id, Tensor g, Tensor max, Tensor log_sum, float? temperature, ScalarType dtype)"
+    " -> Tensor dx",
+    lambda e: programs.token_logprobs_backward(e.temperature is not None),
+)
+_token_logprobs = row_op(
+    "token_logprobs(Tensor x, Tensor id, float? temperature) -> (Tensor y, Tensor max, Tensor log_sum)",
+    lambda e: programs.token_logprobs(e.temperature is not None),
+    keep=("x", "id", "max", "log_sum"),
+    gradient=lambda s, g: {"x": _token_logprobs_backward(s.x, s.id, g.y, s.max, s.log_sum, s.temperature, s.x.dtype)},
+)
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, temperature: float | None = None) -> Tensor:
+    """log_softmax(logits / temperature) [*, V] in float32 at one id [*] a row, in one pass; an id outside 0..V-1 gives NaN."""
+    check_tensor("token_logprobs", "logits", logits)
+    check_tensor("token_logprobs", "ids", ids, IDS, like=logits)
+    if not logits.dim():
+        raise RuntimeError("bi_torch.token_logprobs: logits must have at least one dimension, got []")
+    check_shape("token_logprobs", "ids", ids, logits.shape[:-1])
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"bi_torch.token_logprobs: temperature must be positive, got {temperature}")
+    x = to_rows(logits, (logits.dim() - 1,))
+    y, _, _ = _token_logprobs(x, ids.reshape(x.shape[0]), None if temperature is None else float(temperature))
+    return y.reshape(ids.shape)
+
+
+_cross_entropy_backward = row_op(
+    "cross_entropy_backward(Tensor x, Tensor id, Tensor g, Tensor max, Tensor log_sum, float smoothing, int ignore_index,"
+    " ScalarType dtype) -> Tensor dx",
+    lambda e: programs.cross_entropy_backward(e.smoothing > 0),
+)
+_cross_entropy = row_op(
+    "cross_entropy(Tensor x, Tensor id, float smoothing, int ignore_index, ScalarType dtype)"
+    " -> (Tensor y, Tensor max, Tensor log_sum)",
+    lambda e: programs.cross_entropy(e.smoothing > 0),
+    keep=("x", "id", "max", "log_sum"),
+    gradient=lambda s, g: {
+        "x": _cross_entropy_backward(s.x, s.id, g.y, s.max, s.log_sum, s.smoothing, s.ignore_index, s.x.dtype)
+    },
+)
+
+_mean_of_backward = row_op(
+    "mean_of_backward(Tensor like, Tensor g, Tensor divisor, ScalarType dtype) -> Tensor dx", reduce_programs.MEAN_OF_BACKWARD
+)
+_mean_of = row_op(
+    "mean_of(Tensor x, Tensor divisor, ScalarType dtype) -> Tensor y",
+    reduce_programs.MEAN_OF,
+    keep=("x", "divisor"),
+    gradient=lambda s, g: {"x": _mean_of_backward(s.x, g.y, s.divisor, s.x.dtype)},
+)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """-log_softmax(input) at the class `target`, for input [N, C], [C] or [N, C, *] and target [N], [] or [N, *].
+
+    A target that is `ignore_index` has loss 0 and does not count in the mean; any other outside 0..C-1 has loss NaN. Losses
+    are float32 until they are reduced, in the order of `target`, and rounded once to the input's dtype.
+    """
+    check_tensor("cross_entropy", "input", input)
+    check_tensor("cross_entropy", "target", target, IDS, like=input)
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"bi_torch.cross_entropy: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"bi_torch.cross_entropy: label_smoothing must be between 0 and 1, got {label_smoothing}")
+    if not -(1 << 31) <= ignore_index < 1 << 31:
+        raise RuntimeError(f"bi_torch.cross_entropy: ignore_index must fit in int32, got {ignore_index}")
+    if not input.dim():
+        raise RuntimeError("bi_torch.cross_entropy: input must have at least one dimension, got []")
+    dims = (min(1, input.dim() - 1),)
+    if input.dim() == 2 and target.dim() == 1 and target.shape[0] != input.shape[0]:
+        raise ValueError(f"bi_torch.cross_entropy: input has {input.shape[0]} rows, target {target.shape[0]}")
+    check_shape("cross_entropy", "target", target, [n for d, n in enumerate(input.shape) if d not in dims])
+    x = to_rows(input, dims)
+    ids = target.reshape(x.shape[0])
+    dtype = input.dtype if reduction == "none" else torch.float32
+    losses, _, _ = _cross_entropy(x, ids, float(label_smoothing), ignore_index, dtype)
+    if reduction == "none":
+        return losses.reshape(target.shape)
+    if reduction == "sum":
+        return sum(losses, dtype=input.dtype)
+    counted = (ids != ignore_index).sum().to(torch.float32)
+    return _mean_of(losses[None], counted[None], input.dtype)[0]
