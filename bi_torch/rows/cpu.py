@@ -7,7 +7,7 @@ on threads nor on vector width, and a caller's flush-denormal mode is suspended 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -53,7 +53,7 @@ def run_rows(
         for name in names:
             if name not in results:
                 results[name] = torch.empty(shape, dtype=out_dtypes.get(name, F32), device="cpu")
-    with _subnormals_kept(rows * n) as tile:
+    with subnormals_kept(rows * n) as tile:
         constants = _constants(program, scalars)
         step = max(1, tile // max(1, n))
         for lo in range(0, rows, step):
@@ -118,14 +118,14 @@ def run_columns(
     """The sums of `program` over the rows, [N] each; arguments as for `run_rows`."""
     rows, n = inputs[program.elements[0]].shape
     results = {name: torch.empty(n, dtype=out_dtypes.get(name, F32), device="cpu") for name in program.sums}
-    with _subnormals_kept(rows * n) as tile:
+    with subnormals_kept(rows * n) as tile:
         constants = _constants(program, scalars)
         step = COLUMNS * max(1, tile // SERIAL)
         for lo in range(0, n, step):
             part = slice(lo, min(lo + step, n))
 
-            def chunk(block: slice, of: Callable[..., Tensor], part: slice = part) -> Tensor:
-                """A formula on the rows of `block`, as float32 [rows, columns]."""
+            def chunk(of: Callable[..., Tensor], block: slice, part: slice = part) -> Tensor:
+                """A formula on the rows of `block` and the columns of `part`, as float32."""
                 e = SimpleNamespace(**constants)
                 for name in program.elements:
                     setattr(e, name, inputs[name][block, part].to(F32))
@@ -136,7 +136,7 @@ def run_columns(
                 return of(_F, e).expand(block.stop - block.start, part.stop - part.start)
 
             for name, of in program.sums.items():
-                total = _tree(_segment_sums(lambda block, of=of: chunk(block, of), rows, part.stop - part.start, contract))
+                total = _tree(_segment_sums(partial(chunk, of), rows, part.stop - part.start, contract))
                 results[name][part] = encode(total, results[name].dtype)
     return results
 
@@ -218,7 +218,7 @@ def _extreme(x: Tensor, largest: bool) -> Tensor:
 
 
 @contextmanager
-def _subnormals_kept(elements: int) -> Iterator[int]:
+def subnormals_kept(elements: int) -> Iterator[int]:
     """Suspends torch's flush-denormal mode; gives the number of elements to work on at a time.
 
     The mode belongs to each thread, and torch's workers inherit it where they are created. It can be ended on the calling

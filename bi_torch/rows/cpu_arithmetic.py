@@ -64,7 +64,7 @@ class TorchArithmetic:
         return _float(x) / _float(y)
 
     def sqrt(self, x: Value) -> Value:
-        """A float32's root is no nearer than 2**-51 of itself to a tie: a float64 root within an ulp rounds to the right side."""
+        """A root of a float32 is 2**-51 of itself from a tie, so a float64 root off by an ulp rounds to the right side too."""
         return _float(x).to(F64).sqrt_().to(F32)
 
     def fma(self, x: Value, y: Value, z: Value) -> Value:

@@ -24,8 +24,8 @@ Choose = Callable[[SimpleNamespace], Program]
 Gradient = Callable[[SimpleNamespace, SimpleNamespace], Mapping[str, Tensor]]
 """A function (saved, cotangents) -> gradients by the name of the input.
 
-`saved` holds what the op was told to keep and every argument that is no tensor, `dtypes` of the tensor arguments by name,
-and `needs`, the names of the inputs that want a gradient; `cotangents` holds one for each output, by name.
+`saved` holds what the op was told to keep and every argument that is no tensor, `dtypes` and `shapes` of those that are, by
+name, and `needs`, the names of the inputs that want a gradient; `cotangents` holds one for each output, by name.
 """
 
 
@@ -52,8 +52,8 @@ class Op:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.name = schema.partition("(")[0]
         self._overload = getattr(torch.ops.bi_torch, self.name).default
-        self._inputs = [argument.name for argument in self._overload._schema.arguments]
-        self._results = [result.name for result in self._overload._schema.returns]
+        self._arguments = [argument.name for argument in self._overload._schema.arguments]
+        self.results = [result.name for result in self._overload._schema.returns]
         self._keep, self._gradient = keep, gradient
         for key, kernel in {"CPU": cpu, "CUDA": cuda, "Meta": fake}.items():
             _LIBRARY.impl(self.name, kernel, key)
@@ -72,23 +72,28 @@ class Op:
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*args)
 
+    def arguments(self, args: tuple[Any, ...]) -> SimpleNamespace:
+        """Arguments by name."""
+        return SimpleNamespace(**dict(zip(self._arguments, args, strict=True)))
+
     def _set_up_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        results = dict(zip(self._results, output if isinstance(output, tuple) else (output,), strict=True))
-        arguments = dict(zip(self._inputs, inputs, strict=True))
+        results = dict(zip(self.results, output if isinstance(output, tuple) else (output,), strict=True))
+        arguments = vars(self.arguments(inputs))
         tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
         ctx.save_for_backward(*((tensors | results).get(name) for name in self._keep))
         ctx.plain = {name: x for name, x in arguments.items() if name not in tensors}
         ctx.dtypes = {name: x.dtype for name, x in tensors.items()}
+        ctx.shapes = {name: x.shape for name, x in tensors.items()}
         ctx.mark_non_differentiable(*(x for name, x in results.items() if name in STATISTICS))
 
     def _backward(self, ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         if self._gradient is None:
             raise RuntimeError(f"bi_torch.{self.name} has no gradient; second-order gradients of row ops are not available")
         kept = dict(zip(self._keep, ctx.saved_tensors, strict=True))
-        needs = {name for name, needed in zip(self._inputs, ctx.needs_input_grad, strict=True) if needed}
-        saved = SimpleNamespace(**(ctx.plain | kept), dtypes=ctx.dtypes, needs=needs)
-        gradients = self._gradient(saved, SimpleNamespace(**dict(zip(self._results, cotangents, strict=True))))
-        return tuple(gradients.get(name) if name in needs else None for name in self._inputs)
+        needs = {name for name, needed in zip(self._arguments, ctx.needs_input_grad, strict=True) if needed}
+        saved = SimpleNamespace(**(ctx.plain | kept), dtypes=ctx.dtypes, shapes=ctx.shapes, needs=needs)
+        gradients = self._gradient(saved, SimpleNamespace(**dict(zip(self.results, cotangents, strict=True))))
+        return tuple(gradients.get(name) if name in needs else None for name in self._arguments)
 
 
 def row_op(schema: str, program: Program | Choose, *, keep: tuple[str, ...] = (), gradient: Gradient | None = None) -> Op:
@@ -103,17 +108,37 @@ def row_op(schema: str, program: Program | Choose, *, keep: tuple[str, ...] = ()
 
     def kernel(engine: Callable[[], ModuleType]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            e = SimpleNamespace(**dict(zip(op._inputs, args, strict=True)))
-            return _run(engine(), chosen(e), e, op._results)
+            e = op.arguments(args)
+            return _pack(_run(engine(), chosen(e), e, op.results), op.results)
 
         return run
 
     def fake(*args: Any) -> Any:
-        e = SimpleNamespace(**dict(zip(op._inputs, args, strict=True)))
-        return _new_outputs(chosen(e), e, op._results)
+        e = op.arguments(args)
+        return _pack(_new_outputs(chosen(e), e, op.results), op.results)
 
     op = Op(schema, cpu=kernel(_cpu), cuda=kernel(_cuda), fake=fake, keep=keep, gradient=gradient)
     return op
+
+
+def in_place_op(schema: str, program: Callable[[SimpleNamespace], RowProgram]) -> Callable[..., None]:
+    """The op of a program whose outputs replace the arguments of the same names; it has no gradient."""
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.partition("(")[0]
+    overload = getattr(torch.ops.bi_torch, name).default
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def kernel(engine: Callable[[], ModuleType]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            e = SimpleNamespace(**dict(zip(names, args, strict=True)))
+            chosen = program(e)
+            _run(engine(), chosen, e, list(chosen.outputs), {name: getattr(e, name) for name in chosen.outputs})
+
+        return run
+
+    for key, function in {"CPU": kernel(_cpu), "CUDA": kernel(_cuda), "Meta": lambda *args: None}.items():
+        _LIBRARY.impl(name, function, key)
+    return overload
 
 
 def _cpu() -> ModuleType:
@@ -128,19 +153,19 @@ def _cuda() -> ModuleType:
     return cuda
 
 
-def _run(engine: ModuleType, program: Program, e: SimpleNamespace, results: list[str]) -> Any:
+def _run(
+    engine: ModuleType, program: Program, e: SimpleNamespace, results: list[str], outs: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     inputs = {name: _with_rows(getattr(e, name)) for name in program.elements}
     inputs |= {name: getattr(e, name).contiguous() for name in program.columns}
     inputs |= {name: getattr(e, name).to(torch.float32).contiguous() for name in program.rows}
     scalars = {name: getattr(e, name) for name in program.scalars}
     dtypes = {name: _out_dtype(name, e) for name in results}
     if isinstance(program, ColumnProgram):
-        outputs = engine.run_columns(program, inputs, scalars, dtypes)
-    else:
-        inputs |= {name: getattr(e, name).contiguous() for name in program.ids}
-        scalars |= {name: getattr(e, name) for name in program.integers}
-        outputs = engine.run_rows(program, inputs, scalars, dtypes)
-    return _pack(outputs, results)
+        return engine.run_columns(program, inputs, scalars, dtypes)
+    inputs |= {name: getattr(e, name).contiguous() for name in program.ids}
+    scalars |= {name: getattr(e, name) for name in program.integers}
+    return engine.run_rows(program, inputs, scalars, dtypes, outs=outs)
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -148,7 +173,7 @@ def _with_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _new_outputs(program: Program, e: SimpleNamespace, results: list[str]) -> Any:
+def _new_outputs(program: Program, e: SimpleNamespace, results: list[str]) -> dict[str, Tensor]:
     like = getattr(e, program.elements[0])
     rows, columns = like.shape
     outputs = {}
@@ -158,7 +183,7 @@ def _new_outputs(program: Program, e: SimpleNamespace, results: list[str]) -> An
         else:
             shape = (rows, columns) if name in program.outputs else (rows,)
         outputs[name] = like.new_empty(shape, dtype=_out_dtype(name, e))
-    return _pack(outputs, results)
+    return outputs
 
 
 def _out_dtype(name: str, e: SimpleNamespace) -> torch.dtype:

@@ -150,6 +150,6 @@ def _column(op: str, name: str, x: Tensor | None, input: Tensor, shape: Sequence
     """A weight or bias as one row."""
     if x is None:
         return None
-    check_tensor(op, name, x, dict.fromkeys((input.dtype, torch.float32)).keys(), like=input)
+    check_tensor(op, name, x, (torch.float32,) if input.dtype == torch.float32 else (input.dtype, torch.float32), like=input)
     check_shape(op, name, x, shape)
     return x.reshape(x.numel())

@@ -65,7 +65,9 @@ _logsumexp = row_op(
 )
 
 
-def sum(input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+def sum(  # noqa: A001
+    input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """The sum over `dim`, all dimensions by default. Integers and bools sum to int64."""
     check_tensor("sum", "input", input, FLOATS + INTEGERS)
     dims = dims_of("sum", input, dim)

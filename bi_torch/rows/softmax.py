@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bi_torch.rows.arguments import FLOATS, IDS, check_dtype, check_shape, check_tensor, dims_of, from_rows, to_rows
 from bi_torch.rows.library import Op, row_op
-from bi_torch.rows.reduce import INTEGERS, sum
+from bi_torch.rows.reduce import INTEGERS
+from bi_torch.rows.reduce import sum as sum_over
 from shared_specs.programs import reduce as reduce_programs
 from shared_specs.programs import softmax as programs
 
@@ -141,6 +142,6 @@ def cross_entropy(
     if reduction == "none":
         return losses.reshape(target.shape)
     if reduction == "sum":
-        return sum(losses, dtype=input.dtype)
+        return sum_over(losses, dtype=input.dtype)
     counted = (ids != ignore_index).sum().to(torch.float32)
     return _mean_of(losses[None], counted[None], input.dtype)[0]
