@@ -4,8 +4,8 @@ Libraries disagree on the last bits of these functions. A program fixes them, si
 takes any float32, subnormals included, and gives the special values that C's function gives.
 
 Coefficients are minimax, found by linear programming on 700 Chebyshev points in extended precision: one after the other,
-the constant first, is rounded to float32, and those that remain are fitted again. Errors are in units in the last place
-(ulp) of the exact result, also where that is subnormal; `python -m benchmarks.scalar_error` measures them.
+the constant first, is rounded to float32, and those that remain are fitted again. Errors are the largest found by
+`python -m benchmarks.scalar_error`, in units in the last place (ulp) of the exact result, also where that is subnormal.
 """
 
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ COS = (0.04166657477617264, -0.001388469710946083, 2.4201613996410742e-05)
 
 
 def exp(f: Arithmetic, x: Value) -> Value:
-    """e^x.
+    """e^x. Error 0.93 ulp, at 5.199918.
 
     e^x = e^r 2^n with |r| <= (ln 2) / 2. Two powers of two, of nearly n/2 each, reach every exponent, and only multiplying by
     the second one rounds, where the result is subnormal. Where x is clamped, the result is 0 or infinite already.
@@ -108,9 +108,9 @@ def exp(f: Arithmetic, x: Value) -> Value:
 
 
 def exp_nonpositive(f: Arithmetic, x: Value) -> Value:
-    """e^x for x <= 0 (in fact for x <= 40), with the bits of `exp` in fewer operations.
+    """e^x for x <= 40, unspecified beyond: the bits of `exp` in 14 operations instead of 18.
 
-    2^(n + 64) is in range, so that the second power of two is a constant.
+    2^(n + 64) is in range, so the second power of two is a constant.
     """
     x = f.max(x, -104.0)
     shifted = f.fma(x, LOG2_E, TO_POWER + 64)
@@ -119,7 +119,7 @@ def exp_nonpositive(f: Arithmetic, x: Value) -> Value:
 
 
 def log(f: Arithmetic, x: Value) -> Value:
-    """The natural logarithm.
+    """The natural logarithm. Error 0.94 ulp, at 0.6356574.
 
     x = 2^k (1 + r) with |r| <= 1/3, so log x = k ln 2 + log(1 + r); a subnormal x is scaled by 2^23 first.
     """
@@ -136,7 +136,7 @@ def log(f: Arithmetic, x: Value) -> Value:
 
 
 def erf(f: Arithmetic, x: Value) -> Value:
-    """The error function.
+    """The error function. Error 1.83 ulp, at 0.2196253.
 
     erf z = 1 - e^-w, where w = -log(1 - erf z) is a polynomial; erf 4 rounds to 1.
     """
@@ -147,7 +147,7 @@ def erf(f: Arithmetic, x: Value) -> Value:
 
 
 def tanh(f: Arithmetic, x: Value) -> Value:
-    """The hyperbolic tangent.
+    """The hyperbolic tangent. Error 1.97 ulp, at 0.5196337.
 
     tanh z = (1 - e^-2z) / (1 + e^-2z); tanh 10 rounds to 1.
     """
@@ -159,7 +159,7 @@ def tanh(f: Arithmetic, x: Value) -> Value:
 
 
 def sigmoid(f: Arithmetic, x: Value) -> Value:
-    """1 / (1 + e^-x).
+    """1 / (1 + e^-x). Error 1.65 ulp, at -1.0998223.
 
     With e = e^-|x| it is c / (1 + e), where c = e for negative x, else 1. As c - c e / (1 + e), it suffers less from the
     roundings of 1 + e and of the division, and a subnormal result is rounded once.
@@ -170,19 +170,19 @@ def sigmoid(f: Arithmetic, x: Value) -> Value:
 
 
 def silu(f: Arithmetic, x: Value) -> Value:
-    """x sigmoid(x). It is -0 at -infinity."""
+    """x sigmoid(x); -0 at -infinity. Error 1.7 ulp of x."""
     x = f.max(x, -104.0)
     return f.mul(x, sigmoid(f, x))
 
 
 def gelu(f: Arithmetic, x: Value) -> Value:
-    """x (1 + erf(x / sqrt 2)) / 2. It is -0 at -infinity."""
+    """x (1 + erf(x / sqrt 2)) / 2; -0 at -infinity. Error 1.7 ulp of x."""
     x = f.max(x, -8.0)
     return f.mul(f.mul(x, 0.5), f.add(1.0, erf(f, f.mul(x, SQRT_HALF))))
 
 
 def gelu_tanh(f: Arithmetic, x: Value) -> Value:
-    """x (1 + tanh u) / 2 = x sigmoid(2u), without the cancellation of 1 + tanh u. It is -0 at -infinity."""
+    """x (1 + tanh u) / 2 = x sigmoid(2u); -0 at -infinity. Error 1.8 ulp of x."""
     x = f.max(x, -11.0)
     u = gelu_tanh_argument(f, x)
     return f.mul(x, sigmoid(f, f.add(u, u)))
@@ -194,10 +194,9 @@ def gelu_tanh_argument(f: Arithmetic, x: Value) -> Value:
 
 
 def rsqrt(f: Arithmetic, x: Value) -> Value:
-    """1 / sqrt(x).
+    """1 / sqrt(x). Error 0.85 ulp, at 1.9974642.
 
-    The root of the inverse, because a root halves the relative error of its argument. The inverse is of 2^(+-64) x, which is
-    normal as its inverse is.
+    The root of the inverse, since a root halves the relative error of its argument; 2^64 x or 2^-64 x has a normal inverse.
     """
     low = f.less(f.abs(x), 1.0)
     inverse = f.div(1.0, f.mul(x, f.select(low, 2.0**64, 2.0**-64)))
@@ -207,17 +206,17 @@ def rsqrt(f: Arithmetic, x: Value) -> Value:
 
 
 def sin(f: Arithmetic, x: Value) -> Value:
-    """The sine of any float32; NaN at infinity."""
+    """The sine of any float32; NaN at infinity. Error 1.49 ulp, at 400955.3."""
     return _flip_sign(f, _quadrant_sine(f, f.abs(x), 0), f.bits(x))
 
 
 def cos(f: Arithmetic, x: Value) -> Value:
-    """The cosine of any float32; NaN at infinity."""
+    """The cosine of any float32; NaN at infinity. Error 1.49 ulp, at 648.6137."""
     return _quadrant_sine(f, f.abs(x), 1)
 
 
 def power(f: Arithmetic, x: Value, n: Value) -> Value:
-    """x^n for an int32 n >= 0, by squaring."""
+    """x^n for an int32 n >= 0, by squaring. The relative error of a normal result is below n 2^-24."""
     result: Value = 1.0
     for i in range(31):
         odd = f.int_equal(f.int_and(f.shift_right(n, i), 1), 1)
