@@ -1,15 +1,17 @@
 """Triton's interpreter with the GPU's arithmetic, for tests.
 
 The interpreter multiplies bfloat16 bit patterns as integers, truncates where the GPU rounds, rounds an fma twice and
-keeps NaN payloads, and cannot read a scalar under NumPy 2.5. This module replaces exactly these: a dot is the reference
-model's chain, conversions round to nearest even, an fma must have a factor of 1 (all that the kernels use), and
-arithmetic gives the one NaN of the GPU.
+keeps NaN payloads, drops NaN and the order of zeros in a maximum, reduces element by element, knows no builtins but its own,
+and cannot read a scalar under NumPy 2.5. This module replaces exactly these: a dot is the reference model's chain,
+conversions round to nearest even, fma, maximum and minimum are those of the reference arithmetic, arithmetic gives the one
+NaN of the GPU, and a reduction halves its axis, after a check that its order cannot matter.
 """
 
 import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -18,11 +20,14 @@ import numpy as np
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle, interpreter_semantic
 
 from shared_specs import BFLOAT16, FLOAT16, FLOAT32, HOPPER_DOT
+from shared_specs.formats import FLOAT32_NAN
 from shared_specs.reference import tensor_core
+from shared_specs.reference.arithmetic import NumpyArithmetic
 
+_F = NumpyArithmetic()
 _FORMATS = {tl.bfloat16: BFLOAT16, tl.float16: FLOAT16, tl.float32: FLOAT32}
 
 
@@ -36,6 +41,9 @@ def interpreted(module: ModuleType) -> ModuleType:
     sys.modules[name] = copy
     with mock.patch.object(triton.knobs.runtime, "interpret", True):
         spec.loader.exec_module(copy)
+    for key, value in vars(copy).items():
+        if tl.core.is_builtin(value):
+            setattr(copy, key, partial(value, _semantic=interpreter_semantic))
     return copy
 
 
@@ -45,7 +53,9 @@ def gpu_arithmetic() -> Iterator[None]:
     original = InterpreterBuilder.binary_op
     patches = {
         "create_dot": _dot,
-        "create_fma": _fma,
+        "create_fma": lambda self, x, y, z: _float(_F.fma(x.data, y.data, z.data)),
+        "create_maximumf": lambda self, x, y: _float(_F.max(x.data, y.data)),
+        "create_minimumf": lambda self, x, y: _float(_F.min(x.data, y.data)),
         "cast_impl": _cast(InterpreterBuilder.cast_impl),
         "create_fp_ext": lambda self, src, dst_type: self.cast_impl(src, dst_type),
         "create_fp_trunc": lambda self, src, dst_type: self.cast_impl(src, dst_type),
@@ -53,7 +63,8 @@ def gpu_arithmetic() -> Iterator[None]:
         "binary_op": lambda self, lhs, rhs, op: _one_nan(original(self, lhs, rhs, op)),
     }
     index = mock.patch.object(interpreter, "_patch_lang_tensor", _patch_index(interpreter._patch_lang_tensor))
-    with mock.patch.multiple(InterpreterBuilder, **patches), index, np.errstate(all="ignore"):
+    reduction = mock.patch.object(ReduceOps, "apply_impl", _reduce)
+    with mock.patch.multiple(InterpreterBuilder, **patches), index, reduction, np.errstate(all="ignore"):
         yield
 
 
@@ -78,9 +89,18 @@ def _dot(
     return TensorHandle(tensor_core.chain(_values(a), _values(b), d.data, fmt, HOPPER_DOT), tl.float32)
 
 
-def _fma(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-    assert (y.data == 1).all(), "the interpreter's fma rounds twice unless a factor is 1"
-    return _one_nan(TensorHandle(x.data + z.data, z.dtype.scalar))
+def _reduce(self: Any, inputs: tuple[tl.tensor, ...]) -> tl.tensor:
+    """Pairs of neighbours are combined until one is left; only maxima and minima may have more than one pair."""
+    (x,), combine = inputs, self.combine_fn.fn
+    values = np.moveaxis(x.handle.data, self.axis, 0)
+    assert len(values) == 2 or combine.__name__ in ("_larger", "_smaller"), "the order of this reduction matters"
+    while len(values) > 1:
+        values = combine(self.to_tensor(values[0::2], x.dtype), self.to_tensor(values[1::2], x.dtype)).handle.data
+    return self.to_tensor(np.moveaxis(values, 0, self.axis) if self.keep_dims else values[0], x.dtype)
+
+
+def _float(data: np.ndarray) -> TensorHandle:
+    return _one_nan(TensorHandle(np.asarray(data), tl.float32))
 
 
 def _cast(original: Any) -> Any:
@@ -95,6 +115,6 @@ def _cast(original: Any) -> Any:
 
 
 def _one_nan(handle: TensorHandle) -> TensorHandle:
-    if handle.dtype.scalar != tl.float32:
-        return handle
-    return TensorHandle(FLOAT32.encode(handle.data).view(np.float32).reshape(np.shape(handle.data)), handle.dtype.scalar)
+    if handle.data.dtype == np.float32 and (nan := np.isnan(handle.data)).any():
+        return TensorHandle(np.where(nan, FLOAT32_NAN.view(np.float32), handle.data), handle.dtype.scalar)
+    return handle

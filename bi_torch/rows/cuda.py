@@ -1,0 +1,482 @@
+"""Launches the Triton kernels of row and column programs: which kernels, which tiles, which grid.
+
+Everything that depends on shapes, strides and dtypes alone is decided once and kept as a `_Plan`, so that a call costs a
+dictionary look-up and its launches.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import triton
+
+from bi_torch.rows import triton_kernels
+from bi_torch.rows.schedule import (
+    column_cover,
+    is_resident,
+    power_of_two,
+    row_cover,
+    row_schedule,
+    step_segments,
+)
+from bi_torch.rows.triton_arithmetic import Formulas
+from shared_specs import ARCHITECTURES
+from shared_specs.row_schedule import RowSchedule
+from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
+from shared_specs.trace import listing
+
+_ALIGNMENT = 16
+"""Bytes of the widest access."""
+
+_MAX_UNIT = 16
+"""Elements: what N and the strides are multiples of, as far as a kernel needs to know."""
+
+_MOST_COUNT = 1024
+"""Results of segments that a program reads to finish a reduction; longer rows are combined first."""
+
+_COMBINED = 4096
+"""Results of segments that become one in `combine`."""
+
+_MOST_COLUMNS_COUNT = 64
+"""Rows that one program of `column_tree` sums."""
+
+
+def run_rows(
+    program: RowProgram,
+    inputs: Mapping[str, torch.Tensor],
+    scalars: Mapping[str, float | int],
+    out_dtypes: Mapping[str, torch.dtype],
+    *,
+    outs: Mapping[str, torch.Tensor] | None = None,
+    schedule: RowSchedule | None = None,
+) -> dict[str, torch.Tensor]:
+    """Every output of a row program, on the current stream.
+
+    Args:
+        program: what is computed.
+        inputs: elements [R, N] with contiguous columns and any row stride, columns [N], rows float32 [R], ids int32 or
+            int64 [R].
+        scalars: floats, rounded to float32 once, and int32 integers.
+        out_dtypes: of the outputs, and of row outputs that are not float32.
+        outs: outputs that exist; one may be an input that a pointwise program updates.
+        schedule: overrides the default.
+    """
+    return _run(program, inputs, scalars, out_dtypes, outs or {}, schedule, _rows_plan)
+
+
+def run_columns(
+    program: ColumnProgram,
+    inputs: Mapping[str, torch.Tensor],
+    scalars: Mapping[str, float | int],
+    out_dtypes: Mapping[str, torch.dtype],
+    *,
+    schedule: RowSchedule | None = None,
+) -> dict[str, torch.Tensor]:
+    """The sums [N] of a column program; arguments as for `run_rows`. Of the schedule, `block_rows` and `warps` count."""
+    return _run(program, inputs, scalars, out_dtypes, {}, schedule, _columns_plan)
+
+
+def _run(
+    program: RowProgram | ColumnProgram,
+    inputs: Mapping[str, torch.Tensor],
+    scalars: Mapping[str, float | int],
+    out_dtypes: Mapping[str, torch.dtype],
+    outs: Mapping[str, torch.Tensor],
+    schedule: RowSchedule | None,
+    make: Callable[..., "_Plan"],
+) -> dict[str, torch.Tensor]:
+    given = [inputs[name] for name in _tensor_names(program)]
+    device = given[0].device.index
+    key = (
+        program, device, schedule, *((x.dtype, x.shape, x.stride(), x.data_ptr() % _ALIGNMENT) for x in given),
+        *out_dtypes.items(), *((name, x.dtype, x.stride(), x.data_ptr() % _ALIGNMENT) for name, x in outs.items()),
+    )  # fmt: skip
+    plan = _PLANS.get(key)
+    if plan is None:
+        if len(_PLANS) >= _MAX_PLANS:
+            _PLANS.clear()
+        _architecture(device)
+        plan = _PLANS[key] = make(program, given, out_dtypes, outs, schedule)
+    call = _call(program, plan, given, scalars, outs)
+    if device == torch.cuda.current_device():
+        plan.launch(device, call)
+    else:
+        with torch.cuda.device(device):
+            plan.launch(device, call)
+    return call.outputs
+
+
+@dataclass
+class _Call:
+    """What the kernels of one call read and write, in the order of their arguments."""
+
+    inputs: tuple[torch.Tensor, ...]
+    scalars: tuple[float, ...]
+    integers: tuple[int, ...]
+    outputs: dict[str, torch.Tensor]
+    workspace: tuple[torch.Tensor, ...]
+
+
+@dataclass
+class _Launch:
+    """A kernel with everything but its tensors and scalars; `run` is filled in by the first launch."""
+
+    kernel: Any
+    grid: int
+    arguments: Callable[[_Call], tuple[Any, ...]]
+    warps: int
+    run: Callable[..., None] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False}
+
+    def __call__(self, device: int, call: _Call) -> None:
+        """Launch on the current stream of the current device; a profiler's hooks see a full launch."""
+        arguments = self.arguments(call)
+        if self.run is None or triton.knobs.runtime.launch_enter_hook.calls:
+            self.kernel.warmup(*arguments, grid=(self.grid,), **self.options)  # compiles, on any number of threads at once
+            with _FIRST_LAUNCH:
+                self.run = self._launcher(self.kernel[(self.grid,)](*arguments, **self.options))
+        else:
+            self.run(torch._C._cuda_getCurrentRawStream(device), arguments)
+
+    def _launcher(self, compiled: Any) -> Callable[..., None]:
+        def run(stream: int, arguments: tuple[Any, ...]) -> None:
+            compiled.run(self.grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+        return run
+
+
+_FIRST_LAUNCH = threading.Lock()
+"""Triton loads a kernel on its first launch, and must not be asked for it by two threads then."""
+
+
+@dataclass
+class _Plan:
+    """The launches of a call.
+
+    Attributes:
+        launches: in order.
+        outputs: (name, shape, dtype) of every output.
+        workspace: sizes of the float32 buffers.
+        contiguous: which inputs have to be made so first, by position.
+    """
+
+    launches: list[_Launch]
+    outputs: list[tuple[str, tuple[int, ...], torch.dtype]]
+    workspace: list[int]
+    contiguous: list[int]
+
+    def launch(self, device: int, call: _Call) -> None:
+        for launch in self.launches:
+            launch(device, call)
+
+
+_PLANS: dict[tuple[Any, ...], _Plan] = {}
+_MAX_PLANS = 1 << 14
+
+
+def _call(
+    program: RowProgram | ColumnProgram,
+    plan: _Plan,
+    given: list[torch.Tensor],
+    scalars: Mapping[str, float | int],
+    outs: Mapping[str, torch.Tensor],
+) -> _Call:
+    for position in plan.contiguous:
+        given[position] = given[position].contiguous()
+    device = given[0].device
+    integers = program.integers if isinstance(program, RowProgram) else ()
+    return _Call(
+        tuple(given),
+        tuple(float(scalars[name]) for name in program.scalars),
+        tuple(int(scalars[name]) for name in integers),
+        {
+            name: outs[name] if name in outs else torch.empty(shape, dtype=dtype, device=device)
+            for name, shape, dtype in plan.outputs
+        },
+        tuple(torch.empty(size, dtype=torch.float32, device=device) for size in plan.workspace),
+    )
+
+
+def _tensor_names(program: RowProgram | ColumnProgram) -> tuple[str, ...]:
+    ids = program.ids if isinstance(program, RowProgram) else ()
+    return (*program.elements, *program.columns, *program.rows, *ids)
+
+
+@dataclass
+class _Shape:
+    """R and N of a call, and its tensors by kind."""
+
+    program: RowProgram | ColumnProgram
+    given: Sequence[torch.Tensor]
+
+    def __post_init__(self) -> None:
+        self.elements = len(self.program.elements)
+        self.rows, self.n = self.given[0].shape
+        self.starts = [self.elements]
+        for kind in ("columns", "rows", "ids"):
+            self.starts.append(self.starts[-1] + len(getattr(self.program, kind, ())))
+        for name, x in zip(self.program.elements, self.given, strict=False):
+            if x.shape != (self.rows, self.n) or (self.n > 1 and x.stride(1) != 1):
+                raise ValueError(f"{self.program.name}: {name} must be [{self.rows}, {self.n}] with contiguous columns")
+        for name, x in zip(_tensor_names(self.program)[self.elements :], self.given[self.elements :], strict=True):
+            extent = self.n if name in self.program.columns else self.rows
+            if x.shape != (extent,):
+                raise ValueError(f"{self.program.name}: {name} must be [{extent}], got {list(x.shape)}")
+
+    def parts(self, call: _Call) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Elements, columns, rows, ids."""
+        first = 0
+        result = []
+        for end in self.starts:
+            result.append(call.inputs[first:end])
+            first = end
+        return tuple(result)
+
+    def pitch(self, x: torch.Tensor) -> int:
+        """The row stride; that of one row, or of none, means nothing."""
+        return x.stride(0) if self.rows > 1 else self.n
+
+    def contiguous(self) -> list[int]:
+        """Positions of inputs [N] and [R] that are not contiguous."""
+        return [i for i, x in enumerate(self.given) if i >= self.elements and not x.is_contiguous()]
+
+
+def _unit(*extents: int) -> int:
+    """The largest power of two that divides them all, up to a limit."""
+    unit = _MAX_UNIT
+    while any(extent % unit for extent in extents):
+        unit //= 2
+    return unit
+
+
+def _vector(*tensors: torch.Tensor | torch.dtype) -> int:
+    """Elements of the narrowest of these in one access."""
+    return _ALIGNMENT // min(x.itemsize for x in tensors)
+
+
+def _rows_plan(
+    program: RowProgram,
+    given: Sequence[torch.Tensor],
+    out_dtypes: Mapping[str, torch.dtype],
+    outs: Mapping[str, torch.Tensor],
+    schedule: RowSchedule | None,
+) -> _Plan:
+    shape = _Shape(program, given)
+    rows, n = shape.rows, shape.n
+    outputs: list[tuple[str, tuple[int, ...], torch.dtype]]
+    outputs = [(name, (rows, n), out_dtypes[name]) for name in program.outputs]
+    outputs += [(name, (rows,), out_dtypes.get(name, torch.float32)) for name in program.row_outputs]
+    for name, extents, dtype in outputs:
+        if name in outs and (outs[name].shape != extents or outs[name].dtype != dtype):
+            raise ValueError(f"{program.name}: outs[{name!r}] must be {list(extents)} {dtype}")
+    plan = _Plan([], outputs, [], shape.contiguous())
+    if rows == 0 or (n == 0 and not program.row_outputs):
+        return plan
+    pitches = [shape.pitch(x) for x in given[: shape.elements]]
+    output_pitches = [shape.pitch(outs[name]) if name in outs else n for name in program.outputs]
+    if schedule is None and _is_pointwise(program) and set(pitches) | set(output_pitches) == {n}:
+        plan.launches.append(_pointwise_launch(shape, [*given[: shape.elements], *out_dtypes.values()]))
+        return plan
+    if n > 2**31 - 1 and _reads(program, "column"):
+        raise ValueError(f"{program.name}: rows must not have more than {2**31 - 1} elements, got {n}")
+    schedule = schedule or row_schedule(rows, n, shape.elements)
+    if n <= ROW_CONTRACT.segment and schedule.blocks_per_row > 1:
+        raise ValueError(f"{program.name}: a row of {n} elements has one segment, blocks cannot share it")
+    kinds = tuple(reduction.kind for reduction in program.reductions)
+    gathered = tuple((program.elements.index(x), program.ids.index(i)) for x, i in program.gathered.values())
+    unit = _unit(n, *pitches, *output_pitches)
+    strides, output_strides = (tuple(pitch // unit for pitch in of) for of in (pitches, output_pitches))
+    vector = _vector(*given[: shape.elements], *(dtype for _, extents, dtype in outputs if len(extents) == 2))
+
+    def tensors(call: _Call) -> tuple[Any, ...]:
+        values = tuple(call.outputs.values())
+        split = len(program.outputs)
+        elements, columns, per_row, ids = shape.parts(call)
+        return (
+            elements, strides, columns, per_row, ids, call.scalars, call.integers,
+            values[:split], output_strides, values[split:],
+        )  # fmt: skip
+
+    constants = (Formulas(program), gathered, unit)
+    if is_resident(n, schedule, shape.elements):
+        cover = row_cover(n, schedule, vector)
+        blocks = triton.cdiv(rows, schedule.block_rows)
+        grid = min(blocks, _persistent_programs(schedule, given[0].device.index)) if schedule.persistent else blocks
+        tail = (
+            rows, n // unit, *constants, cover.full_chunks(n), schedule.block_rows, cover.segments, cover.chunks, cover.lanes,
+            cover.piece, ROW_CONTRACT.segment, schedule.persistent,
+        )  # fmt: skip
+        plan.launches.append(_Launch(triton_kernels.rows_resident, grid, lambda call: (*tensors(call), *tail), schedule.warps))
+    else:
+        _add_stages(plan, shape, schedule, kinds, constants, vector, tensors)
+    return plan
+
+
+def _add_stages(
+    plan: _Plan,
+    shape: _Shape,
+    schedule: RowSchedule,
+    kinds: tuple[str, ...],
+    constants: tuple[Any, ...],
+    vector: int,
+    tensors: Callable[[_Call], tuple[Any, ...]],
+) -> None:
+    """The launches of `rows_staged`, and of `combine` between them where rows are very long."""
+    rows, n = shape.rows, shape.n
+    segments = ROW_CONTRACT.segments(n)
+    step = min(step_segments(schedule, shape.elements), power_of_two(segments))
+    cover = row_cover(n, schedule, vector, step)
+    counts = [segments]
+    while counts[-1] > _MOST_COUNT:
+        counts.append(triton.cdiv(counts[-1], _COMBINED))
+    plan.workspace = [rows * count for kind in kinds for _ in range(_components(kind)) for count in counts]
+
+    def buffers(call: _Call, level: int) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Results at one level of combination: for each reduction a buffer for each number of its result."""
+        mine, result = list(call.workspace[level :: len(counts)]), []
+        for kind in kinds:
+            result.append(tuple(mine[: _components(kind)]))
+            del mine[: _components(kind)]
+        return tuple(result)
+
+    blocks = triton.cdiv(rows, schedule.block_rows)
+    last = len(kinds) + 1
+    single = schedule.blocks_per_row == 1 and len(counts) == 1
+    per_row = min(schedule.blocks_per_row, triton.cdiv(segments, step))
+    index = triton.language.int64 if n > 2**31 - 2**20 else triton.language.int32
+    full = cover.chunks if n % cover.width == 0 else 0
+    tail = (
+        rows, n // constants[-1], segments, counts[-1], per_row, *constants, full, schedule.block_rows,
+        cover.segments, cover.chunks, cover.lanes, cover.piece, ROW_CONTRACT.segment, power_of_two(counts[-1]),
+    )  # fmt: skip
+
+    def stages(first: int, end: int) -> _Launch:
+        def arguments(call: _Call) -> tuple[Any, ...]:
+            return (*tensors(call), buffers(call, 0), buffers(call, len(counts) - 1), *tail, first, end, index)
+
+        return _Launch(triton_kernels.rows_staged, blocks * per_row, arguments, schedule.warps)
+
+    def combination(stage: int, level: int) -> _Launch:
+        def arguments(call: _Call) -> tuple[Any, ...]:
+            source, target = buffers(call, level)[stage], buffers(call, level + 1)[stage]
+            return (source, target, counts[level], counts[level + 1], kinds[stage], _COMBINED)
+
+        return _Launch(triton_kernels.combine, rows * counts[level + 1], arguments, 4)
+
+    if single:
+        plan.launches.append(stages(0, last))
+        return
+    for stage in range(last):
+        plan.launches.append(stages(stage, stage + 1))
+        if stage < len(kinds):
+            plan.launches += [combination(stage, level) for level in range(len(counts) - 1)]
+
+
+def _components(kind: str) -> int:
+    return 2 if kind == "sum_exp" else 1
+
+
+def _pointwise_launch(shape: _Shape, operands: Sequence[torch.Tensor | torch.dtype]) -> _Launch:
+    total = shape.rows * shape.n
+    vector = _vector(*operands)
+    warps, repeat = 4, max(1, 32 // (vector * shape.elements))
+    block = 32 * warps * vector
+    tail = (total, Formulas(shape.program), block, repeat)
+
+    def arguments(call: _Call) -> tuple[Any, ...]:
+        return (call.inputs, call.scalars, call.integers, tuple(call.outputs.values()), *tail)
+
+    return _Launch(triton_kernels.pointwise, triton.cdiv(total, block * repeat), arguments, warps)
+
+
+@cache
+def _reads(program: RowProgram, name: str) -> bool:
+    """Whether a formula reads `name`."""
+    return name in listing(program).split()
+
+
+@cache
+def _is_pointwise(program: RowProgram) -> bool:
+    """Whether each output element depends on the elements at its place and on scalars alone."""
+    return not (
+        program.reductions or program.columns or program.rows or program.ids or program.row_outputs
+        or _reads(program, "column") or _reads(program, "count")
+    )  # fmt: skip
+
+
+def _columns_plan(
+    program: ColumnProgram,
+    given: Sequence[torch.Tensor],
+    out_dtypes: Mapping[str, torch.dtype],
+    outs: Mapping[str, torch.Tensor],
+    schedule: RowSchedule | None,
+) -> _Plan:
+    shape = _Shape(program, given)
+    rows, n = shape.rows, shape.n
+    plan = _Plan([], [(name, (n,), out_dtypes[name]) for name in program.sums], [], shape.contiguous())
+    if n == 0:
+        return plan
+    pitches = [shape.pitch(x) for x in given[: shape.elements]]
+    unit = _unit(n, *pitches)
+    strides = tuple(pitch // unit for pitch in pitches)
+    group, strip, block_n = column_cover(rows, n, _vector(*given[: shape.elements]), schedule.block_rows if schedule else None)
+    lanes, segments = ROW_CONTRACT.lanes_for(rows), ROW_CONTRACT.segments(rows)
+    chunks = max(1, triton.cdiv(min(rows, ROW_CONTRACT.segment), lanes))
+    groups = lanes // group
+    blocks_n = triton.cdiv(n, block_n)
+    even = rows == segments * chunks * lanes and n % block_n == 0
+    tail = (
+        rows, n // unit, groups, Formulas(program), unit, even, chunks, lanes, ROW_CONTRACT.segment, group, strip, block_n,
+    )  # fmt: skip
+    counts = [segments * groups]
+    while counts[-1] > 1:
+        counts.append(triton.cdiv(counts[-1], _MOST_COLUMNS_COUNT))
+    plan.workspace = [count * n for count in counts[:-1] for _ in program.sums]
+
+    def results(call: _Call, level: int) -> tuple[torch.Tensor, ...]:
+        if level == len(counts) - 1:
+            return tuple(call.outputs.values())
+        return call.workspace[level * len(program.sums) : (level + 1) * len(program.sums)]
+
+    def sums(call: _Call) -> tuple[Any, ...]:
+        elements, columns, per_row, _ = shape.parts(call)
+        return (elements, strides, columns, per_row, call.scalars, results(call, 0), *tail)
+
+    def tree(level: int) -> _Launch:
+        size = min(_MOST_COLUMNS_COUNT, power_of_two(counts[level]))
+        width = min(power_of_two(n), 32)
+
+        def arguments(call: _Call) -> tuple[Any, ...]:
+            return (results(call, level), results(call, level + 1), counts[level], n, size, width)
+
+        return _Launch(triton_kernels.column_tree, counts[level + 1] * triton.cdiv(n, width), arguments, 4)
+
+    warps = schedule.warps if schedule else 4
+    plan.launches.append(_Launch(triton_kernels.column_sums, counts[0] * blocks_n, sums, warps))
+    plan.launches += [tree(level) for level in range(len(counts) - 1)]
+    return plan
+
+
+@lru_cache
+def _architecture(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = f"sm_{major}{minor}"
+    if arch not in ARCHITECTURES:
+        raise RuntimeError(f"bi_torch.rows: no kernels for {arch} (device {device}): supported are {', '.join(ARCHITECTURES)}")
+    return arch
+
+
+def _persistent_programs(schedule: RowSchedule, device: int) -> int:
+    """Thread blocks that fill the GPU, 16 warps to a multiprocessor."""
+    return _multiprocessors(device) * max(1, 16 // schedule.warps)
+
+
+@lru_cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

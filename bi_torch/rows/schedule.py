@@ -1,0 +1,90 @@
+"""Default schedules of the Triton row kernels: a function of shapes, chosen so that enough bytes are on their way.
+
+Bits never depend on these numbers.
+"""
+
+from dataclasses import dataclass
+
+from shared_specs.row_schedule import RowSchedule
+from shared_specs.rows import ROW_CONTRACT
+
+VALUES = 32
+"""Elements a thread holds in registers by default."""
+
+MOST_VALUES = 64
+"""Elements a thread may hold: about half of its registers where a block has 512 threads."""
+
+MOST_WARPS = 16
+
+PROGRAMS = 256
+"""Thread blocks below which a GPU of 132 multiprocessors idles."""
+
+
+@dataclass(frozen=True)
+class Cover:
+    """How tiles cover a row: segments x chunks x lanes elements, `piece` lanes at a time."""
+
+    segments: int
+    chunks: int
+    lanes: int
+    piece: int
+
+    @property
+    def width(self) -> int:
+        return self.segments * self.chunks * self.lanes
+
+    def full_chunks(self, n: int) -> int:
+        """How many of the first chunks lie within rows of `n` elements, where the tiles cover whole rows."""
+        if n == self.width:
+            return self.chunks
+        return self.chunks - 1 if self.segments == 1 else 0
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def row_cover(n: int, schedule: RowSchedule, vector: int, segments: int | None = None) -> Cover:
+    """The tiles for whole rows of `n` elements, or for `segments` segments at a time.
+
+    A piece is as wide as the warps that share a row load at once, `vector` elements a thread: no wider, since the tree's levels
+    within a warp are shuffles while those across warps go through shared memory.
+    """
+    lanes = ROW_CONTRACT.lanes_for(n)
+    segments = segments or power_of_two(ROW_CONTRACT.segments(n))
+    chunks = max(1, -(-min(n, ROW_CONTRACT.segment) // lanes))
+    warps = max(1, schedule.warps // (schedule.block_rows * segments))
+    return Cover(segments, chunks, lanes, min(lanes, 32 * vector * warps))
+
+
+def step_segments(schedule: RowSchedule, elements: int) -> int:
+    """Segments that a program of the staged kernel works on at a time."""
+    values = 32 * schedule.warps * MOST_VALUES // (ROW_CONTRACT.segment * schedule.block_rows * elements)
+    return power_of_two(values + 1) // 2 if values > 1 else 1
+
+
+def is_resident(n: int, schedule: RowSchedule, elements: int) -> bool:
+    """Whether whole rows fit into the registers of a thread block."""
+    values = power_of_two(n) * power_of_two(elements) * schedule.block_rows
+    return schedule.blocks_per_row == 1 and (n <= ROW_CONTRACT.segment or values <= 32 * schedule.warps * MOST_VALUES)
+
+
+def row_schedule(rows: int, n: int, elements: int) -> RowSchedule:
+    """The default schedule for [rows, n] with this many inputs of that shape."""
+    values = power_of_two(n) * power_of_two(elements)
+    block_rows = max(1, 4 * 32 * VALUES // values)
+    while block_rows > 1 and rows < PROGRAMS * block_rows:
+        block_rows //= 2
+    values *= block_rows
+    if values <= MOST_VALUES * 32 * MOST_WARPS:
+        warps = min(MOST_WARPS, max(4, values // (32 * VALUES)))
+        return RowSchedule(block_rows, warps)
+    return RowSchedule(1, 8, blocks_per_row=max(1, min(ROW_CONTRACT.segments(n), PROGRAMS // max(1, rows))))
+
+
+def column_cover(rows: int, n: int, vector: int, group: int | None = None) -> tuple[int, int, int]:
+    """(lanes of a group, strips, columns of a block) of `column_sums`."""
+    block_n = min(power_of_two(n), 8 * vector)
+    group = min(ROW_CONTRACT.lanes_for(rows), group or max(1, 4096 // block_n))
+    return group, min(4, group), block_n

@@ -1,0 +1,497 @@
+"""Triton kernels of the row programs: generic code that evaluates a program's formulas in the order of `RowContract`.
+
+A row is seen as [segments, chunks, lanes]. A *tile* is [BLOCK_ROWS, SEGMENTS, PIECE]: some rows, some of their segments, and
+a piece of the lanes; a tuple of tiles, piece by piece and chunk by chunk, covers whole segments, so that
+
+    the chain over chunks    is an addition of tiles, whatever the layout of a tile over threads,
+    the tree over lanes      is `_tree`: reductions of exactly two numbers, whose order cannot matter,
+    the tree over segments   is the same tree over the segments' results.
+
+That is why no schedule changes a bit. Loads beyond a row give 0, and what a formula makes of them is replaced by the
+neutral element; the first FULL chunks of a tile never reach beyond a row. Rows beyond the last one repeat it and are not
+stored. The kernels must be compiled with `enable_fp_fusion=False`.
+
+    rows_resident   a row stays in registers: it is read once
+    rows_staged     one stage for each reduction and one for the outputs; each reads the row again, segment by segment
+    combine         shrinks the segments' results of very long rows between two stages
+    pointwise       programs of elements and scalars alone, on flat memory
+    column_sums     sums over rows: a block of columns, an aligned group of lanes, which is a subtree of its own
+    column_tree     finishes the tree over groups and segments
+
+N and the strides come in units of UNIT elements, from which the compiler knows how wide an access may be.
+"""
+
+import triton
+import triton.language as tl
+
+from bi_torch.rows.triton_arithmetic import (
+    canonical,
+    evaluate,
+    exp_term,
+    kind_of,
+    larger,
+    reduction_count,
+    rescaled,
+    smaller,
+)
+
+
+@triton.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
+
+
+@triton.constexpr_function
+def _fill(kind):
+    """What a reduction makes of an element that is not there."""
+    return {"sum": 0.0, "max": -float("inf"), "min": float("inf"), "sum_exp": -float("inf")}[kind]
+
+
+@triton.jit
+def _cdiv(x, block):
+    return (x + block - 1) // block
+
+
+@triton.jit
+def _add(x, y):
+    return x + y
+
+
+@triton.jit
+def _larger(x, y):
+    return larger(x, y)
+
+
+@triton.jit
+def _smaller(x, y):
+    return smaller(x, y)
+
+
+@triton.jit
+def _chain(values):
+    """A tuple's sum, added one by one to +0."""
+    total = values[0] + 0.0
+    for i in tl.static_range(1, len(values)):
+        total = total + values[i]
+    return total
+
+
+@triton.jit
+def _tree(x):
+    """[A, B, L] to [A, B, 1]: sums of adjacent pairs, of pairs of these, and so on."""
+    for _level in tl.static_range(_log2(x.shape[2])):
+        pairs = tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2])
+        x = tl.reduce(pairs, 3, _add)
+    return x
+
+
+@triton.jit
+def _tree_of(values):
+    """The same tree over a tuple."""
+    for _level in tl.static_range(_log2(len(values))):
+        sums = ()
+        for i in tl.static_range(len(values) // 2):
+            sums = sums + (values[2 * i] + values[2 * i + 1],)
+        values = sums
+    return values[0]
+
+
+@triton.jit
+def _extreme(x, KIND: tl.constexpr):
+    """[A, B, L] to [A, B, 1]: the maximum or the minimum, in any order."""
+    if KIND == "min":
+        return tl.reduce(x, 2, _smaller, keep_dims=True)
+    else:
+        return tl.reduce(x, 2, _larger, keep_dims=True)
+
+
+@triton.jit
+def _store(pointer, value, mask):
+    tl.store(pointer, canonical(value).to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _row_pointers(pointers, strides, row, UNIT: tl.constexpr):
+    """The first element of each row of each matrix."""
+    result = ()
+    for i in tl.static_range(len(pointers)):
+        result = result + (pointers[i] + row * (strides[i].to(tl.int64) * UNIT),)
+    return result
+
+
+@triton.jit
+def _row_values(row, pointers, rows, ids, scalars, integers, N, GATHERED: tl.constexpr):
+    """What a formula reads once a row: numbers of the row, scalars, gathered elements and the count.
+
+    Loads are one-dimensional: in the layout of a tile, a thread would read the same number for each of its columns.
+    """
+    values = ()
+    for i in tl.static_range(len(rows)):
+        values = values + (tl.load(rows[i] + row)[:, None, None],)
+    for i in tl.static_range(len(ids)):
+        # An id that no int32 holds is none of the row's.
+        wide = tl.load(ids[i] + row).to(tl.int64)
+        values = values + (tl.minimum(tl.maximum(wide, -(2**31)), 2**31 - 1).to(tl.int32)[:, None, None],)
+    values = values + scalars + integers
+    for i in tl.static_range(len(GATHERED)):
+        column = tl.load(ids[GATHERED[i][1]] + row).to(tl.int64)
+        inside = (column >= 0) & (column < N)
+        chosen = tl.load(pointers[GATHERED[i][0]] + tl.where(inside, column, 0), mask=inside, other=float("nan"))
+        values = values + (chosen.to(tl.float32)[:, None, None],)
+    return values + (N.to(tl.float32),)
+
+
+@triton.jit
+def _column(base, chunk: tl.constexpr, piece: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr):
+    """[1, SEGMENTS, PIECE] column numbers from the segments' first ones."""
+    return base + (chunk * LANES + piece * PIECE) + tl.arange(0, PIECE)[None, None, :]
+
+
+@triton.jit
+def _load(pointers, columns, base, N, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr):
+    """Tiles piece by piece and, in a piece, chunk by chunk: a tuple of what is read for each, as float32."""
+    tiles = ()
+    for piece in tl.static_range(LANES // PIECE):
+        for chunk in tl.static_range(CHUNKS):
+            column = _column(base, chunk, piece, LANES, PIECE)
+            tile = ()
+            for i in tl.static_range(len(pointers)):
+                if chunk >= FULL:
+                    value = tl.load(pointers[i][:, None, None] + column, mask=column < N, other=0.0)
+                else:
+                    value = tl.load(pointers[i][:, None, None] + column)
+                tile = tile + (value.to(tl.float32),)
+            for i in tl.static_range(len(columns)):
+                if chunk >= FULL:
+                    value = tl.load(columns[i] + column, mask=column < N, other=0.0)
+                else:
+                    value = tl.load(columns[i] + column)
+                tile = tile + (value.to(tl.float32),)
+            tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _segment_results(
+    FORMULAS: tl.constexpr, INDEX: tl.constexpr, tiles, row_values, reduced, base, N,
+    BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """What reduction INDEX makes of each segment: a tuple of [BLOCK_ROWS, SEGMENTS, 1]."""
+    KIND: tl.constexpr = kind_of(FORMULAS, INDEX)
+    SHAPE: tl.constexpr = (BLOCK_ROWS, base.shape[1], PIECE)
+    values = ()
+    for piece in tl.static_range(LANES // PIECE):
+        for chunk in tl.static_range(CHUNKS):
+            column = _column(base, chunk, piece, LANES, PIECE)
+            value = evaluate(
+                FORMULAS, "reductions", INDEX, tiles[piece * CHUNKS + chunk], row_values, reduced, column.to(tl.int32), SHAPE
+            )
+            if chunk >= FULL:
+                value = tl.where(column < N, value, _fill(KIND))
+            values = values + (value,)
+    if KIND == "sum":
+        return (_lane_sums(values, CHUNKS),)
+    else:
+        extreme = values[0]
+        for i in tl.static_range(1, len(values)):
+            extreme = smaller(extreme, values[i]) if KIND == "min" else larger(extreme, values[i])
+        extreme = _extreme(extreme, KIND)
+        if KIND == "sum_exp":
+            terms = ()
+            for i in tl.static_range(len(values)):
+                terms = terms + (exp_term(values[i], extreme),)
+            return extreme, _lane_sums(terms, CHUNKS)
+        else:
+            return (extreme,)
+
+
+@triton.jit
+def _lane_sums(values, CHUNKS: tl.constexpr):
+    """The chain over chunks, then the tree over lanes: first within a piece, then over pieces."""
+    pieces = ()
+    for piece in tl.static_range(len(values) // CHUNKS):
+        pieces = pieces + (_tree(_chain(values[piece * CHUNKS : (piece + 1) * CHUNKS])),)
+    return _tree_of(pieces)
+
+
+@triton.jit
+def _row_result(KIND: tl.constexpr, results):
+    """The segments' results [A, 1, SEGMENTS] as the row's: a tuple of [A, 1, 1]."""
+    if results[0].shape[2] == 1:
+        return results
+    elif KIND == "sum":
+        return (_tree(results[0]),)
+    elif KIND == "sum_exp":
+        maximum = _extreme(results[0], KIND)
+        return maximum, _tree(rescaled(results[0], results[1], maximum))
+    else:
+        return (_extreme(results[0], KIND),)
+
+
+@triton.jit
+def _transposed(results):
+    """[A, SEGMENTS, 1] as [A, 1, SEGMENTS]."""
+    result = ()
+    for i in tl.static_range(len(results)):
+        result = result + (tl.reshape(results[i], [results[i].shape[0], 1, results[i].shape[1]]),)
+    return result
+
+
+@triton.jit
+def _store_outputs(
+    FORMULAS: tl.constexpr, outputs, tiles, row_values, reduced, base, row, R, N,
+    BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Every output of the program for the columns of the tiles."""
+    SHAPE: tl.constexpr = (BLOCK_ROWS, base.shape[1], PIECE)
+    for piece in tl.static_range(LANES // PIECE):
+        for chunk in tl.static_range(CHUNKS):
+            column = _column(base, chunk, piece, LANES, PIECE)
+            for i in tl.static_range(len(outputs)):
+                value = evaluate(
+                    FORMULAS, "outputs", i, tiles[piece * CHUNKS + chunk], row_values, reduced, column.to(tl.int32), SHAPE
+                )
+                if chunk >= FULL:
+                    if BLOCK_ROWS == 1:
+                        _store(outputs[i][:, None, None] + column, value, column < N)
+                    else:
+                        _store(outputs[i][:, None, None] + column, value, (row < R)[:, None, None] & (column < N))
+                elif BLOCK_ROWS == 1:
+                    _store(outputs[i][:, None, None] + column, value, None)
+                else:
+                    _store(outputs[i][:, None, None] + column, value, (row < R)[:, None, None])
+
+
+@triton.jit
+def _store_row_outputs(FORMULAS: tl.constexpr, row_outputs, row_values, reduced, row, R, BLOCK_ROWS: tl.constexpr):
+    for i in tl.static_range(len(row_outputs)):
+        value = evaluate(FORMULAS, "row_outputs", i, (), row_values, reduced, None, (BLOCK_ROWS, 1, 1))
+        _store(row_outputs[i] + row, tl.reshape(value, [BLOCK_ROWS]), row < R)
+
+
+@triton.jit
+def _rows(block, BLOCK_ROWS: tl.constexpr):
+    """The numbers of a block's rows."""
+    return block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+
+
+@triton.jit
+def _resident(
+    block, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs, R, N,
+    FORMULAS: tl.constexpr, GATHERED: tl.constexpr, UNIT: tl.constexpr, FULL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, SEGMENTS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """One block of rows of `rows_resident`."""
+    base = tl.arange(0, SEGMENTS)[None, :, None] * SEGMENT
+    row = _rows(block, BLOCK_ROWS)
+    source = tl.minimum(row, R - 1)
+    pointers = _row_pointers(elements, strides, source, UNIT)
+    tiles = _load(pointers, columns, base, N, CHUNKS, LANES, PIECE, FULL)
+    row_values = _row_values(source, pointers, rows, ids, scalars, integers, N, GATHERED)
+    reduced = ()
+    for i in tl.static_range(reduction_count(FORMULAS)):
+        results = _segment_results(FORMULAS, i, tiles, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL)
+        reduced = reduced + (_row_result(kind_of(FORMULAS, i), _transposed(results)),)
+    targets = _row_pointers(outputs, output_strides, row, UNIT)
+    _store_outputs(FORMULAS, targets, tiles, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL)
+    _store_row_outputs(FORMULAS, row_outputs, row_values, reduced, row, R, BLOCK_ROWS)
+
+
+@triton.jit(do_not_specialize=["strides", "output_strides", "integers", "R", "N"])
+def rows_resident(
+    elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs, R, N,
+    FORMULAS: tl.constexpr, GATHERED: tl.constexpr, UNIT: tl.constexpr, FULL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, SEGMENTS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr,
+    SEGMENT: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_ROWS whole rows at a time, SEGMENTS x CHUNKS x LANES >= N elements of each, from loads to stores in registers.
+
+    With PERSISTENT a program walks over blocks of rows.
+    """
+    if PERSISTENT:
+        for block in range(tl.program_id(0), _cdiv(R, BLOCK_ROWS), tl.num_programs(0)):
+            _resident(
+                block, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs,
+                R, N * UNIT, FORMULAS, GATHERED, UNIT, FULL, BLOCK_ROWS, SEGMENTS, CHUNKS, LANES, PIECE, SEGMENT,
+            )  # fmt: skip
+    else:
+        _resident(
+            tl.program_id(0), elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs,
+            R, N * UNIT, FORMULAS, GATHERED, UNIT, FULL, BLOCK_ROWS, SEGMENTS, CHUNKS, LANES, PIECE, SEGMENT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finished(KIND: tl.constexpr, partials, row, count, COUNT: tl.constexpr):
+    """A row's result from those of its `count` segments in memory; COUNT is a power of two that holds them."""
+    index = tl.arange(0, COUNT)[None, None, :]
+    results = ()
+    for i in tl.static_range(len(partials)):
+        fill = 0.0 if i == 1 else _fill(KIND)
+        results = results + (tl.load(partials[i] + row[:, None, None] * count + index, mask=index < count, other=fill),)
+    return _row_result(KIND, results)
+
+
+@triton.jit(
+    do_not_specialize=["strides", "output_strides", "integers", "R", "N", "segments", "count", "blocks_per_row"],
+    do_not_specialize_on_alignment=["partials", "finished"],
+)
+def rows_staged(
+    elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs, partials, finished,
+    R, N, segments, count, blocks_per_row,
+    FORMULAS: tl.constexpr, GATHERED: tl.constexpr, UNIT: tl.constexpr, FULL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, SEGMENTS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr,
+    SEGMENT: tl.constexpr, COUNT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Stages FIRST to LAST - 1 for BLOCK_ROWS rows, SEGMENTS segments at a time.
+
+    Stage i leaves the segments' results of reduction i in `partials[i]`, [R, segments]; the last stage stores the outputs.
+    Earlier reductions are read from `finished`, [R, count], which is `partials` unless `combine` came between. A launch of
+    all stages has one program for a row; several programs share a row where each stage is a launch.
+    """
+    N = N.to(INDEX) * UNIT
+    row = _rows(tl.program_id(0) // blocks_per_row, BLOCK_ROWS)
+    source = tl.minimum(row, R - 1)
+    part = tl.program_id(0) % blocks_per_row
+    steps = _cdiv(segments, SEGMENTS)
+    first, end = part * steps // blocks_per_row, (part + 1) * steps // blocks_per_row
+    pointers = _row_pointers(elements, strides, source, UNIT)
+    targets = _row_pointers(outputs, output_strides, row, UNIT)
+    row_values = _row_values(source, pointers, rows, ids, scalars, integers, N, GATHERED)
+    for stage in tl.static_range(FIRST, LAST):
+        reduced = ()
+        for i in tl.static_range(stage):
+            reduced = reduced + (_finished(kind_of(FORMULAS, i), finished[i], source, count, COUNT),)
+        for index in range(first, end):
+            # Every second stage goes backwards: what was read last is still in the L2 cache.
+            step = first + end - 1 - index if stage % 2 else index
+            segment = step * SEGMENTS + tl.arange(0, SEGMENTS)[None, :, None]
+            base = segment.to(INDEX) * SEGMENT
+            tiles = _load(pointers, columns, base, N, CHUNKS, LANES, PIECE, FULL)
+            if stage < reduction_count(FORMULAS):
+                results = _segment_results(
+                    FORMULAS, stage, tiles, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL
+                )
+                for i in tl.static_range(len(results)):
+                    inside = (row < R)[:, None, None] & (segment < segments)
+                    tl.store(partials[stage][i] + row[:, None, None] * segments + segment, results[i], mask=inside)
+            else:
+                _store_outputs(
+                    FORMULAS, targets, tiles, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL
+                )
+        if stage < LAST - 1:
+            tl.debug_barrier()
+        if stage == reduction_count(FORMULAS):
+            if part == 0:
+                _store_row_outputs(FORMULAS, row_outputs, row_values, reduced, row, R, BLOCK_ROWS)
+
+
+@triton.jit(do_not_specialize=["count", "groups"], do_not_specialize_on_alignment=["source", "target"])
+def combine(source, target, count, groups, KIND: tl.constexpr, GROUP: tl.constexpr):
+    """The results of `count` segments a row, [R, count], as those of `groups` aligned groups of GROUP: subtrees of the tree.
+
+    Sums of exponentials become relative to the row's maximum, which `rescaled` then leaves as they are.
+    """
+    row = (tl.program_id(0) // groups).to(tl.int64)
+    group = tl.program_id(0) % groups
+    index = group * GROUP + tl.arange(0, GROUP)[None, None, :]
+    results = ()
+    for i in tl.static_range(len(source)):
+        fill = 0.0 if i == 1 else _fill(KIND)
+        results = results + (tl.load(source[i] + row * count + index, mask=index < count, other=fill),)
+    if KIND == "sum_exp":
+        maximum = tl.full([1, 1, GROUP], _fill(KIND), tl.float32)
+        for start in range(0, count, GROUP):
+            other = start + tl.arange(0, GROUP)[None, None, :]
+            maximum = larger(maximum, tl.load(source[0] + row * count + other, mask=other < count, other=_fill(KIND)))
+        maximum = _extreme(maximum, KIND)
+        combined = (maximum, _tree(rescaled(results[0], results[1], maximum)))
+    else:
+        combined = _row_result(KIND, results)
+    for i in tl.static_range(len(source)):
+        tl.store(target[i] + row * groups + group + tl.zeros([1, 1, 1], tl.int32), combined[i])
+
+
+@triton.jit(do_not_specialize=["integers"])
+def pointwise(elements, scalars, integers, outputs, TOTAL, FORMULAS: tl.constexpr, BLOCK: tl.constexpr, REPEAT: tl.constexpr):
+    """REPEAT blocks of BLOCK consecutive elements; every element is loaded before one is stored."""
+    offsets, tiles = (), ()
+    for i in tl.static_range(REPEAT):
+        offset = tl.program_id(0).to(tl.int64) * (BLOCK * REPEAT) + i * BLOCK + tl.arange(0, BLOCK)
+        tile = ()
+        for j in tl.static_range(len(elements)):
+            tile = tile + (tl.load(elements[j] + offset, mask=offset < TOTAL).to(tl.float32),)
+        offsets, tiles = offsets + (offset,), tiles + (tile,)
+    for i in tl.static_range(REPEAT):
+        for j in tl.static_range(len(outputs)):
+            value = evaluate(FORMULAS, "outputs", j, tiles[i], scalars + integers, (), offsets[i], (BLOCK,))
+            _store(outputs[j] + offsets[i], value, offsets[i] < TOTAL)
+
+
+@triton.jit
+def _column_tree(x):
+    """[L, B] to [1, B]: the tree over the first axis."""
+    for _level in tl.static_range(_log2(x.shape[0])):
+        x = tl.reduce(tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1]]), 1, _add)
+    return x
+
+
+@triton.jit(do_not_specialize=["strides", "R", "N", "groups"], do_not_specialize_on_alignment=["targets"])
+def column_sums(
+    elements, strides, columns, rows, scalars, targets, R, N, groups,
+    FORMULAS: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
+    SEGMENT: tl.constexpr, GROUP: tl.constexpr, STRIP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sums over GROUP lanes of one segment for BLOCK_N columns: row `segment * groups + group` of `targets`, [*, N].
+
+    The lanes of a group lie in STRIP tiles, neighbours in different ones, so the tree's first levels add tiles.
+    """
+    N = N * UNIT
+    blocks_n = _cdiv(N, BLOCK_N)
+    column = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    target = tl.program_id(0) // blocks_n
+    first = (target // groups).to(tl.int64) * SEGMENT + target % groups * GROUP
+    shared = ()
+    for i in tl.static_range(len(columns)):
+        shared = shared + (tl.load(columns[i] + column, mask=column < N, other=0.0).to(tl.float32),)
+    sums = ()
+    for _strip in tl.static_range(STRIP * len(targets)):
+        sums = sums + (tl.full([GROUP // STRIP, BLOCK_N], 0.0, tl.float32),)
+    for chunk in range(CHUNKS):
+        added = ()
+        for strip in tl.static_range(STRIP):
+            rows_1d = first + (chunk * LANES + strip) + tl.arange(0, GROUP // STRIP) * STRIP
+            row = rows_1d[:, None]
+            inside = (row < R) & (column < N)
+            tile, row_values = (), ()
+            for i in tl.static_range(len(elements)):
+                pointer = elements[i] + row * (strides[i].to(tl.int64) * UNIT) + column
+                value = tl.load(pointer) if EVEN else tl.load(pointer, mask=inside, other=0.0)
+                tile = tile + (value.to(tl.float32),)
+            for i in tl.static_range(len(rows)):
+                row_values = row_values + (tl.load(rows[i] + rows_1d, mask=rows_1d < R, other=0.0)[:, None],)
+            for i in tl.static_range(len(targets)):
+                value = evaluate(
+                    FORMULAS, "sums", i, tile + shared, row_values + scalars, (), column, (GROUP // STRIP, BLOCK_N)
+                )
+                if not EVEN:
+                    value = tl.where(inside, value, 0.0)
+                added = added + (sums[strip * len(targets) + i] + value,)
+        sums = added
+    for i in tl.static_range(len(targets)):
+        total = _column_tree(_tree_of(sums[i :: len(targets)]))
+        _store(targets[i] + target.to(tl.int64) * N + column, total, column < N)
+
+
+@triton.jit(do_not_specialize=["count", "N"], do_not_specialize_on_alignment=["sources", "targets"])
+def column_tree(sources, targets, count, N, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Each aligned group of GROUP rows of `sources`, [count, N], summed by the tree: a row of `targets`."""
+    blocks_n = _cdiv(N, BLOCK_N)
+    column = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    group = tl.program_id(0) // blocks_n
+    row = group * GROUP + tl.arange(0, GROUP)[:, None]
+    for i in tl.static_range(len(sources)):
+        inside = (row < count) & (column < N)
+        values = tl.load(sources[i] + row.to(tl.int64) * N + column, mask=inside, other=0.0)
+        _store(targets[i] + group.to(tl.int64) * N + column, _column_tree(values), column < N)
