@@ -1,9 +1,10 @@
 """Mosaic's GPU interpret mode with the arithmetic of the GPU.
 
-Interpret mode runs copies, barriers and warpgroups as they are. Four things in it are not the GPU's: `wgmma` is
-`np.matmul` and takes no operand in registers, a NaN converted to bfloat16 is not the GPU's NaN, and XLA runs callbacks with
-subnormals flushed, NumPy's too. Here `wgmma` is the tensor core of the reference model, from registers too, conversions
-store the canonical NaN, and NumPy computes in a thread of its own.
+Interpret mode runs copies, barriers and warpgroups as they are. Five things in it are not the GPU's: `wgmma` is
+`np.matmul` and takes no operand in registers, a NaN converted to bfloat16 is not the GPU's NaN, XLA runs callbacks with
+subnormals flushed, NumPy's too, and there is no inline PTX. Here `wgmma` is the tensor core of the reference model, from
+registers too, conversions store the canonical NaN, NumPy computes in a thread of its own, and the instructions of
+`bi_jax.rows` are those of `tests.interpreters.warpgroup`.
 """
 
 import contextlib
@@ -17,14 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src import callback
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax._src.state.types import ReshapeTransform
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bi_jax import exact
+from bi_jax.rows.warpgroup import Instruction
 from shared_specs import HOPPER_DOT, float_format
 from shared_specs.formats import FLOAT32
 from shared_specs.reference import tensor_core
+from tests.interpreters import warpgroup
 
 _WORKER = ThreadPoolExecutor(1)
 _WORKER.submit(int).result()  # the thread inherits the floating-point mode of the one that starts it
@@ -90,6 +94,49 @@ def _with_canonical_nan(self: Any, eqn: Any, get_invals: Any) -> Any:
     return out
 
 
+class _Array:
+    """An array of the simulated memory, or a row of it."""
+
+    def __init__(self, key: Any, row: np.ndarray | None) -> None:
+        self.memory = gpu_callbacks._get_shared_memory()
+        content = self.memory.mem[gpu_callbacks.HostAllocationKey.from_array(key)].content
+        self.content = content if row is None else content[int(row)]
+
+    def read(self) -> np.ndarray:
+        with self.memory.lock:
+            return self.content.copy()
+
+    def write(self, indices: np.ndarray, values: np.ndarray) -> None:
+        with self.memory.lock:
+            self.content[indices] = values
+
+
+def _inline(self: Any, eqn: Any, token: Any, get_invals: Any) -> tuple[Any, list]:
+    """Run the stand-in for an instruction of `bi_jax.rows`."""
+    instruction, values = eqn.params["mgpu_fn"].__self__, get_invals()
+    assert isinstance(instruction, Instruction), instruction
+    count = eqn.params["pytree_args"].num_leaves
+    transforms = eqn.params["pytree_ref_transforms"].unflatten(values[count:])
+    rows = [t[0].indices[0] if t else None for t in transforms[: instruction.references]]
+
+    def callback_on_host(token: Any, rows: Any, *args: Any) -> tuple:
+        args = [np.asarray(x) for x in args]
+        arrays = [_Array(key, row) for key, row in zip(args, rows, strict=False)]
+        results = _WORKER.submit(warpgroup.run, instruction, *arrays, *args[len(arrays) :]).result()
+        return token, *results
+
+    shapes = [v.aval for v in eqn.outvars]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
+    token, *out = callback.io_callback(
+        gpu_callbacks.fail_on_exception(callback_on_host),
+        (gpu_callbacks.TOKEN_SHAPE_DTYPE, *shapes),
+        token,
+        rows,
+        *values[:count],
+    )
+    return token, out
+
+
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """Kernels traced in this context run on the CPU and give the GPU's bits."""
@@ -98,6 +145,7 @@ def interpreted() -> Iterator[None]:
         mock.patch.object(gpu_callbacks, "wgmma", _wgmma),
         mock.patch.object(gpu_callbacks, "_remove_noop_transforms", _without_layout),
         mock.patch.object(jaxpr_interpret.JaxprInterpreter, "_interpret_arithmetic_primitive", _with_canonical_nan),
+        mock.patch.object(jaxpr_interpret.JaxprInterpreter, "_interpret_inline_mgpu_p", _inline),
         exact.emulated(_evaluate),
         plgpu.force_gpu_interpret_mode(),
     ):

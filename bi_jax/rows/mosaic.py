@@ -1,0 +1,172 @@
+"""The engine for NVIDIA GPUs: plans Pallas Mosaic kernels for row and column programs, and runs them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from bi_jax.rows.mosaic_kernel import SEGMENT, Plan, kernel, partial_count
+from bi_jax.rows.warpgroup import CHUNK, VECTOR
+from shared_specs.row_schedule import RowSchedule
+from shared_specs.rows import ROW_CONTRACT, RowProgram
+
+SMS = 132
+"""Of an H100."""
+REGISTERS = 65_536
+"""Of an SM."""
+MAX_ROW = 2**31 - 1
+"""Elements of a row, and rows: what an int32 counts."""
+
+Arrays = Mapping[str, jax.Array]
+
+
+def run_rows(
+    program: RowProgram,
+    inputs: Arrays,
+    scalars: Mapping[str, jax.Array | float | int],
+    out_dtypes: Mapping[str, Any],
+    *,
+    schedule: RowSchedule | None = None,
+) -> dict[str, jax.Array]:
+    """The outputs of `program`, on an H100.
+
+    No input is copied, whatever its shape; rows whose length is no multiple of 16 bytes are read by narrower accesses.
+
+    Args:
+        program: what is computed.
+        inputs: [R, N] in bfloat16, float16 or float32 for an element, [N] for a column, float32 [R] for a row, int32 [R] for
+            an id. No dimension is 0.
+        scalars: the call's scalars and integers, arrays without dimensions or numbers.
+        out_dtypes: dtypes of the outputs [R, N].
+        schedule: `default_schedule` if None.
+
+    Raises:
+        ValueError: the schedule is not legal for these rows, or a row or their number exceeds `MAX_ROW`.
+    """
+    rows, n = inputs[program.elements[0]].shape
+    dtypes = {name: inputs[name].dtype.name for name in (*program.elements, *program.columns)}
+    wanted = {name: jnp.dtype(out_dtypes[name]).name for name in program.outputs}
+    results = _launch(row_plan(program, rows, n, dtypes, wanted, schedule), _operands(program, inputs, scalars), rows, n)
+    return {name: value.reshape((rows, n) if name in wanted else (rows,)) for name, value in results.items()}
+
+
+def row_plan(
+    program: RowProgram,
+    rows: int,
+    n: int,
+    dtypes: Mapping[str, str],
+    out_dtypes: Mapping[str, str],
+    schedule: RowSchedule | None = None,
+) -> Plan:
+    """The kernels that `schedule` makes of `program` for [rows, n], with inputs of `dtypes`.
+
+    Raises:
+        ValueError: the schedule is not legal for these rows, or a row or their number exceeds `MAX_ROW`.
+    """
+    if max(rows, n) > MAX_ROW:
+        raise ValueError(f"a row, and their number, must not exceed {MAX_ROW}, got {rows} rows of {n}")
+    named, count, tail = (tuple(dtypes.items()), tuple(out_dtypes.items())), n, 0
+    if _is_elementwise(program):
+        rows, tail = divmod(rows * n, CHUNK)
+        n = CHUNK
+    schedule = schedule or default_schedule(program, rows, n, dtypes)
+    segments = ROW_CONTRACT.segments(n)
+    lanes = max(VECTOR, ROW_CONTRACT.lanes_for(n))
+    if schedule.warps % 4:
+        raise ValueError(f"Mosaic's blocks consist of warpgroups, 4 warps each, got {schedule.warps} warps")
+    warpgroups, groups, blocks = schedule.warps // 4, 1, 1
+    if segments == 1:
+        groups = pl.cdiv(schedule.block_rows, warpgroups * (CHUNK // lanes))
+    else:
+        blocks = schedule.blocks_per_row
+        if schedule.block_rows > 1:
+            raise ValueError(f"a row of {n} elements is worked on alone, got block_rows = {schedule.block_rows}")
+        if program.reductions and segments > CHUNK and blocks == 1:
+            raise ValueError(f"a row of {n} elements needs blocks_per_row > 1")
+    held = groups * _held_registers(program, dtypes, pl.cdiv(n, CHUNK), segments, blocks * warpgroups) <= _budget(warpgroups)
+    total = pl.cdiv(rows, warpgroups * groups * (CHUNK // lanes)) if segments == 1 else rows * blocks
+    grid = max(1, min(total, SMS * max(1, 16 // warpgroups)) if schedule.persistent else total)
+    return Plan(program, rows, n, count, tail, *named, lanes, groups, warpgroups, blocks, held, grid)
+
+
+def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str, str]) -> RowSchedule:
+    """A schedule that keeps enough loads under way: some 32 KiB an SM.
+
+    Rows of one segment: a warpgroup a block, with as many rows as make four chunks. Longer rows: a warpgroup a segment, up
+    to eight; and more blocks a row where there are fewer rows than SMs, or where nothing but outputs is to be computed.
+    """
+    segments = ROW_CONTRACT.segments(n)
+    if segments == 1:
+        lanes = max(VECTOR, ROW_CONTRACT.lanes_for(n))
+        chunks = max(1, 4 // max(1, pl.cdiv(n, CHUNK) * len(program.elements)))
+        while chunks > 1 and rows * lanes < SMS * 8 * chunks * CHUNK:
+            chunks //= 2
+        return RowSchedule(block_rows=chunks * (CHUNK // lanes), warps=4, persistent=bool(program.integers))
+    warpgroups = min(8, 1 << (segments - 1).bit_length())
+    if not program.reductions:
+        return RowSchedule(warps=4, blocks_per_row=segments)
+    blocks = 1
+    while (rows * blocks < SMS and blocks * warpgroups < segments) or (segments > CHUNK and blocks < 2):
+        blocks *= 2
+    return RowSchedule(warps=4 * warpgroups, blocks_per_row=blocks)
+
+
+def workspace_bytes(plan: Plan) -> int:
+    """Bytes that a row program allocates beside its outputs: the results of segments, where blocks share a row."""
+    if plan.blocks == 1 or plan.segments == 1:
+        return 0
+    return 4 * plan.rows * plan.segments * sum(map(partial_count, plan.formulas.stages))
+
+
+def _launch(plan: Plan, operands: Arrays, rows: int, n: int) -> Arrays:
+    """Run all phases: in one kernel, or in one for each reduction and one for the outputs."""
+    stages = plan.formulas.stages
+    last = len(stages)
+    outputs = {name: (rows * n, dtype) for name, dtype in plan.out_dtypes}
+    outputs |= dict.fromkeys(plan.program.row_outputs, (rows, "float32"))
+    if plan.blocks == 1 or not stages:
+        return _call(plan, range(last + 1), operands, outputs)
+    for i, stage in enumerate(stages):
+        partials = {f"{i}.{j}": (plan.rows * plan.segments, "float32") for j in range(partial_count(stage))}
+        operands = {**operands, **_call(plan, range(i, i + 1), operands, partials)}
+    return _call(plan, range(last, last + 1), operands, outputs)
+
+
+def _call(plan: Plan, phases: range, operands: Arrays, outputs: Mapping[str, tuple[int, str]]) -> Arrays:
+    results = kernel(plan, phases, tuple(operands), outputs)(*operands.values())
+    return dict(zip(outputs, results, strict=True))
+
+
+def _operands(program: RowProgram, inputs: Arrays, scalars: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The inputs as flat arrays; the call's scalars as an array, and its integers."""
+    operands = {name: inputs[name].reshape(-1) for name in (*program.elements, *program.columns, *program.rows, *program.ids)}
+    if program.scalars:
+        operands["scalars"] = jnp.stack([_scalar(scalars[name], np.float32) for name in program.scalars])
+    if program.integers:
+        operands["integers"] = jnp.stack([_scalar(scalars[name], np.int32) for name in program.integers])
+    return operands
+
+
+def _scalar(value: Any, dtype: Any) -> jax.Array:
+    return value.astype(dtype) if isinstance(value, jax.Array) else jnp.asarray(dtype(value))
+
+
+def _is_elementwise(program: RowProgram) -> bool:
+    """An element of the outputs depends on the same elements of the inputs, and on nothing of its place."""
+    return not (program.reductions or program.columns or program.rows or program.ids or program.row_outputs)
+
+
+def _held_registers(program: RowProgram, dtypes: Mapping[str, str], chunks: int, segments: int, workers: int) -> int:
+    """Registers of a thread that hold the elements of its part of a row."""
+    per_chunk = sum(VECTOR * jnp.dtype(dtypes[name]).itemsize // 4 for name in program.elements)
+    if segments == 1:
+        return chunks * per_chunk
+    return pl.cdiv(segments, workers) * (SEGMENT // CHUNK) * per_chunk
+
+
+def _budget(warpgroups: int) -> int:
+    """Registers of a thread for elements: what is left beside 56 others, at 16 warps an SM or more."""
+    return min(128, REGISTERS // (128 * max(4, warpgroups))) - 56 if warpgroups > 4 else 128

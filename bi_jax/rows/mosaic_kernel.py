@@ -1,0 +1,424 @@
+"""Row and column programs on Hopper, with Pallas Mosaic GPU.
+
+A warpgroup works on chunks of 1024 elements, 8 consecutive ones a thread (`bi_jax.rows.warpgroup`): they are the lanes of
+the row contract, so that a row of N elements is ceil(N / 1024) chunks, and a chunk holds several rows shorter than that.
+
+Why the bits are right: a lane's sum is a chain over the chunks of a segment, within a thread. The tree over lanes is written
+out: adjacent pairs within a thread, then threads 1, 2, 4, 8, 16 apart, then warps 1 and 2 apart; so is the tree over
+segments. Formulas are inline PTX. What lies behind a row's end counts as a zero, or as an infinity for maxima and minima.
+
+- A row of one segment stays in the registers of one warpgroup. A block has several warpgroups for more rows.
+- The segments of a longer row are dealt out to the warpgroups of one block, which meet in shared memory; or to several
+  blocks, which leave the results of their segments in memory for the next kernel (`Plan.blocks` > 1).
+- Elementwise programs run as rows of one chunk, whatever the shape; what is left over is the `tail`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from bi_jax.rows.formulas import FILL, Combination, Formulas, Stage, Step, fold, row_formulas
+from bi_jax.rows.ptx import Level, Node
+from bi_jax.rows.values import Chunk, Scope, dtype_of, tree
+from bi_jax.rows.warpgroup import CHUNK, VECTOR, Columns, Load, LoadValue, Place, Ref, Store, StoreValue, Sync, width
+from shared_specs.rows import ROW_CONTRACT, RowProgram
+
+SEGMENT = ROW_CONTRACT.segment
+
+assert ROW_CONTRACT.lanes == CHUNK, ROW_CONTRACT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything static about the kernels of one row program.
+
+    Attributes:
+        rows: rows, of `n` elements each.
+        count: N to the formulas.
+        tail: elements of one more row, of an elementwise program.
+        dtypes: of the elements and columns by name.
+        out_dtypes: of the outputs [rows, n] by name.
+        lanes: elements of a row in a chunk.
+        groups: chunks of rows that a warpgroup holds at a time, where a row is one segment.
+        warpgroups: of a block.
+        blocks: that share a row.
+        held: a warpgroup keeps its elements in registers from the first reduction to the outputs.
+        grid: blocks, each of which walks over row groups.
+    """
+
+    program: RowProgram
+    rows: int
+    n: int
+    count: int
+    tail: int
+    dtypes: tuple[tuple[str, str], ...]
+    out_dtypes: tuple[tuple[str, str], ...]
+    lanes: int
+    groups: int
+    warpgroups: int
+    blocks: int
+    held: bool
+    grid: int
+
+    @property
+    def segments(self) -> int:
+        return ROW_CONTRACT.segments(self.n)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block at a time."""
+        return 1 if self.segments > 1 else self.warpgroups * self.groups * (CHUNK // self.lanes)
+
+    @property
+    def row_groups(self) -> int:
+        return pl.cdiv(self.rows, self.block_rows)
+
+    @property
+    def workers(self) -> int:
+        """Warpgroups that share a row."""
+        return self.blocks * self.warpgroups if self.segments > 1 else 1
+
+    @property
+    def formulas(self) -> Formulas:
+        return row_formulas(self.program, self.count, self.segments == 1, self.out_dtypes)
+
+    def place(self, stride: int, end: int | None = None, own: bool = True) -> Place:
+        """A chunk's place in an array with a row for every row, its `own`, or with one row for all."""
+        rows = self.rows if own and self.rows % self.block_rows else None
+        return Place(stride, self.lanes, int(own and self.lanes < CHUNK), rows, end)
+
+
+@dataclass
+class Worker:
+    """The device code of a row program: what one warpgroup does.
+
+    Attributes:
+        refs: inputs by name; "scalars" and "integers" hold those of the call.
+        out_refs: outputs by name.
+        partials: for each stage, arrays of the results of segments.
+        scratch: shared memory of this warpgroup, a value for each thread.
+        totals: shared memory of this warpgroup for the sums over many segments.
+    """
+
+    plan: Plan
+    refs: Mapping[str, Ref]
+    out_refs: Mapping[str, Ref]
+    partials: Sequence[Sequence[Ref]]
+    scratch: Ref
+    totals: Ref | None
+
+    def __post_init__(self) -> None:
+        self.formulas: Formulas = self.plan.formulas
+        self.dtypes, self.out_dtypes = dict(self.plan.dtypes), dict(self.plan.out_dtypes)
+        self.outputs = list(self.formulas.outputs.values())
+
+    # Scopes
+
+    def call(self) -> Scope:
+        """The scope of the call, with everything that rows need of it."""
+        program = self.plan.program
+
+        def load(node: Node) -> jax.Array:
+            ref, names = ("scalars", program.scalars) if node.kind == "float" else ("integers", program.integers)
+            return LoadValue(dtype_of(node), Place(0))(self.refs[ref], 0, names.index(node.operation))
+
+        scope = Scope(Level.CALL, load)
+        values = [step.value for stage in self.formulas.stages for step in stage.steps]
+        scope.prepare_for([*values, *self.outputs, *self.formulas.row_outputs.values()])
+        return scope
+
+    def row(self, call: Scope, row: Any) -> Scope:
+        """The scope of the rows from `row` on."""
+        plan = self.plan
+
+        def load(node: Node) -> jax.Array:
+            name = node.operation
+            if name in plan.program.gathered:
+                element, index = plan.program.gathered[name]
+                ids = load(self.formulas.listing.input(index, Level.ROW, "int"))
+                return LoadValue(self.dtypes[element], plan.place(plan.n, plan.n))(self.refs[element], row, ids)
+            return LoadValue(dtype_of(node), plan.place(1))(self.refs[name], row, 0)
+
+        return Scope(Level.ROW, load, call)
+
+    def chunk(self, outer: Scope, row: Any, column: Any, end: int | None) -> Chunk:
+        """The scope of one chunk."""
+        plan = self.plan
+
+        def load(node: Node) -> jax.Array:
+            name = node.operation
+            if node is self.formulas.column:
+                return Columns(plan.lanes)(column)
+            dtype, own = self.dtypes[name], name in plan.program.elements
+            place = plan.place(plan.n, end, own)
+            return Load(dtype, place, width(dtype, plan.n, end or 0))(self.refs[name], row if own else 0, column)
+
+        return Chunk(load, outer, column, end)
+
+    def segment(self, outer: Scope, row: Any, index: Any, length: int, whole: bool) -> list[Chunk]:
+        """The scopes of the chunks of a segment of `length` elements; `whole` unless the row may end within them."""
+        chunks = []
+        for start in range(0, max(length, 1), CHUNK):
+            inside = whole and start + self.plan.lanes <= length
+            chunks.append(self.chunk(outer, row, index * SEGMENT + start, None if inside else self.plan.n))
+        return chunks
+
+    # What is done with rows of one segment
+
+    def short_rows(self, call: Scope, row: Any) -> None:
+        """All of the program for the rows from `row` on."""
+        plan = self.plan
+        starts = [row + group * (CHUNK // plan.lanes) for group in range(plan.groups)]
+        scopes = [self.row(call, start) for start in starts]
+
+        def chunks() -> list[list[Chunk]]:
+            return [self.segment(scope, start, 0, plan.n, True) for scope, start in zip(scopes, starts, strict=True)]
+
+        rows = chunks()
+        if plan.held:
+            self.fetch(rows, [*(stage.steps[0].value for stage in self.formulas.stages), *self.outputs])
+        for stage in self.formulas.stages:
+            rows = rows if plan.held else chunks()
+            self.fetch(rows, [stage.steps[0].value])
+            for scope, row_chunks in zip(scopes, rows, strict=True):
+                self.reduce(stage, scope, row_chunks)
+        rows = rows if plan.held else chunks()
+        self.fetch(rows, self.outputs)
+        for scope, start, row_chunks in zip(scopes, starts, rows, strict=True):
+            self.store(scope, start, row_chunks)
+            self.store_row(scope, start)
+
+    # What is done with rows of several segments
+
+    def long_row(self, call: Scope, row: Any, worker: Any, phases: range, meet: Callable[[], None]) -> None:
+        """The phases of a row: its reductions, then the outputs. Warpgroups `meet` between them."""
+        plan, stages = self.plan, self.formulas.stages
+        scope, shared = self.row(call, row), phases.start == 0 and phases.stop > 1
+        at = 0 if shared else row
+        held = self._held(scope, row, worker) if plan.held else None
+        for phase in range(phases.start):
+            self.combine(stages[phase], scope, self.partials[phase], at)
+        for phase in phases:
+            if phase == len(stages):
+                scope.prepare_for(self.outputs)
+                self.each_segment(scope, row, worker, held, lambda _, part, chunks: self._store_segment(part, row, chunks))
+                pl.when(worker == 0)(lambda: self.store_row(scope, row))
+            else:
+                scope.prepare_for([stages[phase].steps[0].value])
+                self.each_segment(scope, row, worker, held, functools.partial(self._partial, phase, at))
+                if shared:
+                    meet()
+                    self.combine(stages[phase], scope, self.partials[phase], at)
+
+    def each_segment(self, scope: Scope, row: Any, worker: Any, held: list | None, run: Callable) -> None:
+        """`run(index, scope, chunks)` for the segments of this worker."""
+        plan = self.plan
+        if held is not None:
+            for index, part, chunks in held:
+                run(index, part, chunks)
+            return
+        whole, rest = divmod(plan.n, SEGMENT)
+
+        def segment(index: Any, length: int) -> None:
+            part = Scope(Level.ROW, scope.load, scope)
+            run(index, part, self.segment(part, row, index, length, True))
+
+        if whole:
+            count = lax.div(whole - worker + plan.workers - 1, jnp.int32(plan.workers))
+            pl.loop(0, count)(lambda i: segment(worker + i * plan.workers, SEGMENT))
+        if rest:
+            pl.when(worker == whole % plan.workers)(lambda: segment(jnp.int32(whole), rest))
+
+    def _held(self, scope: Scope, row: Any, worker: Any) -> list[tuple[Any, Scope, list[Chunk]]]:
+        """The segments of this worker, their elements loaded."""
+        plan, held = self.plan, []
+        even = plan.n % (SEGMENT * plan.workers) == 0
+        for i in range(pl.cdiv(plan.segments, plan.workers)):
+            part, index = Scope(Level.ROW, scope.load, scope), worker + i * plan.workers
+            held.append((index, part, self.segment(part, row, index, SEGMENT, even)))
+        values = [stage.steps[0].value for stage in self.formulas.stages]
+        self.fetch([chunks for _, _, chunks in held], [*values, *self.outputs])
+        return held
+
+    def _partial(self, phase: int, at: Any, index: Any, part: Scope, chunks: list[Chunk]) -> None:
+        """Leave the results of a segment for the others."""
+        stage = self.formulas.stages[phase]
+        self.fetch([chunks], [stage.steps[0].value])
+        place = Place(self.plan.segments, end=self.plan.segments)
+        for ref, value in zip(self.partials[phase], self.reduce(stage, part, chunks), strict=True):
+            StoreValue(place)(ref, at, index, value)
+
+    def _store_segment(self, part: Scope, row: Any, chunks: list[Chunk]) -> None:
+        self.fetch([chunks], self.outputs)
+        self.store(part, row, chunks)
+
+    # Steps of both
+
+    def fetch(self, rows: Sequence[Sequence[Chunk]], roots: Sequence[Node]) -> None:
+        """Load what `roots` need of the chunks, so that all loads are under way before the first is waited for."""
+        for chunks in rows:
+            for chunk in chunks:
+                chunk.load_for(roots, self.plan.program.elements)
+
+    def reduce(self, stage: Stage, scope: Scope, chunks: Sequence[Chunk]) -> list[jax.Array]:
+        """The results of the steps of `stage` over `chunks`, which are also left in `scope`."""
+        for step in stage.steps:
+            scope.values[step.result] = self._fold(step, chunks)
+        return [scope.values[step.result] for step in stage.steps]
+
+    def _fold(self, step: Step, chunks: Sequence[Chunk]) -> jax.Array:
+        """A lane's chain over the chunks, then the tree over lanes."""
+        f, lanes = self.formulas.listing, self.plan.lanes
+        so_far, accumulator = f.input("so far", Level.ELEMENT), None
+        for chunk in chunks:
+            value = step.value if chunk.end is None else self.formulas.masked(step.value, chunk.end, FILL[step.kind])
+            start: Node | float = FILL[step.kind]
+            if accumulator is not None:
+                start, chunk.values[so_far] = so_far, accumulator
+            (accumulator,) = chunk.get([fold(f, step.kind, start, value)], keep=step.kept if self.plan.held else ())
+            chunk.values.pop(so_far, None)
+            chunk.forget(self.plan.program.columns)
+        return tree(step.kind, accumulator, lanes, self.scratch)
+
+    def combine(self, stage: Stage, scope: Scope, refs: Sequence[Ref], at: Any) -> None:
+        """The row's results from row `at` of those of its segments."""
+        parts = dict(zip(stage.combinations[-1].parts, refs, strict=True))
+        for combination in stage.combinations:
+            scope.values[combination.result] = self._total(combination, scope, parts, at)
+
+    def _total(self, combination: Combination, scope: Scope, parts: Mapping[Node, Ref], at: Any) -> jax.Array:
+        """The tree over segments: of up to 1024 at a time, then over those."""
+        kind, count = combination.kind, self.plan.segments
+
+        def total(first: Any) -> jax.Array:
+            def load(node: Node) -> jax.Array:
+                if node is self.formulas.column:
+                    return Columns(lanes)(first)
+                return Load("float32", Place(count, lanes, end=count), width("float32", count))(parts[node], at, first)
+
+            lanes, chunk = _lanes(count), Scope(Level.ELEMENT, load, scope)
+            root = self.formulas.masked(combination.value, count, FILL[kind])
+            return tree(kind, chunk.get([root])[0], lanes, self.scratch)
+
+        if count <= CHUNK:
+            return total(0)
+        totals, groups = self.totals, pl.cdiv(count, CHUNK)
+        scope.prepare_for([combination.value])
+        Sync()()
+
+        @pl.loop(0, groups)
+        def _(i: Any) -> None:
+            StoreValue(Place(0))(totals, 0, i, total(i * CHUNK))
+
+        Sync()()
+        lanes, node = _lanes(groups), self.formulas.listing.input("total", Level.ELEMENT)
+        chunk = self.chunk(scope, 0, 0, groups)
+        chunk.values[node] = Load("float32", Place(0, lanes, end=groups), width("float32", groups))(totals, 0, 0)
+        chunk.values[self.formulas.column] = Columns(lanes)(0)
+        return tree(kind, chunk.get([self.formulas.masked(node, groups, FILL[kind])])[0], lanes, self.scratch)
+
+    def store(self, scope: Scope, row: Any, chunks: Sequence[Chunk]) -> None:
+        """The outputs of chunks."""
+        plan, names = self.plan, list(self.formulas.outputs)
+        if not names:
+            return
+        dtypes = [self.out_dtypes[name] for name in names]
+        for chunk in chunks:
+            values = chunk.get(self.outputs, dtypes)
+            for name, dtype, value in zip(names, dtypes, values, strict=True):
+                store = Store(dtype, plan.place(plan.n, chunk.end), width(dtype, plan.n, chunk.end or 0))
+                store(self.out_refs[name], row, chunk.column, value)
+
+    def store_row(self, scope: Scope, row: Any) -> None:
+        """The numbers of rows."""
+        roots = self.formulas.row_outputs
+        if roots:
+            for name, value in zip(roots, scope.get(list(roots.values())), strict=True):
+                StoreValue(self.plan.place(1))(self.out_refs[name], row, 0, value)
+
+
+def _lanes(n: int) -> int:
+    """Lanes for `n` elements: no fewer than a thread holds."""
+    return max(VECTOR, ROW_CONTRACT.lanes_for(n))
+
+
+def partial_count(stage: Stage) -> int:
+    """Results that a segment leaves."""
+    return len(stage.steps)
+
+
+def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[str, tuple[int, str]]) -> Callable:
+    """A kernel for some phases of the program: inputs, then the partial results of earlier phases, to `outputs`.
+
+    Args:
+        plan: of the program.
+        phases: the reductions by number, and the outputs as the last; all of them in one kernel unless blocks share a row.
+        inputs: names of the inputs, flat arrays.
+        outputs: elements and dtype of each output by name; those of partial results are called "0.0", "0.1", ....
+    """
+    stages = plan.formulas.stages
+    shared = plan.segments > 1 and len(phases) > 1
+    names = [[f"{i}.{j}" for j in range(partial_count(stage))] for i, stage in enumerate(stages)]
+    scratch: dict[str, Any] = {"scratch": plgpu.SMEM((plan.warpgroups, CHUNK // VECTOR), jnp.float32)}
+    if plan.segments > CHUNK:
+        scratch["totals"] = plgpu.SMEM((plan.warpgroups, CHUNK), jnp.float32)
+    if shared:
+        scratch |= {name: plgpu.SMEM((plan.segments,), jnp.float32) for stage in names for name in stage}
+        scratch["meeting"] = plgpu.Barrier(num_arrivals=plan.warpgroups)
+
+    def body(*args: Ref, **scratch: Ref) -> None:
+        refs, out_refs = dict(zip(inputs, args, strict=False)), dict(zip(outputs, args[len(inputs) :], strict=True))
+        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+        partials = [[(refs | out_refs | scratch).get(name) for name in stage] for stage in names]
+        own = [scratch[name].at[warpgroup] if name in scratch else None for name in ("scratch", "totals")]
+        worker = Worker(plan, refs, out_refs, partials, *own)
+        call = worker.call()
+
+        def meet() -> None:
+            plgpu.barrier_arrive(scratch["meeting"])
+            plgpu.barrier_wait(scratch["meeting"])
+
+        def group(i: Any) -> None:
+            index = block + i * plan.grid
+            if plan.segments == 1:
+                worker.short_rows(call, (index * plan.warpgroups + warpgroup) * (plan.block_rows // plan.warpgroups))
+                return
+            row, part = (index, 0) if plan.blocks == 1 else (lax.div(index, plan.blocks), lax.rem(index, plan.blocks))
+            worker.long_row(call, row, part * plan.warpgroups + warpgroup, phases, meet)
+            if shared and plan.grid < plan.row_groups:
+                meet()  # the results of segments may still be read
+
+        total = plan.row_groups * plan.blocks
+        if plan.grid >= total:
+            if total:
+                group(0)
+        else:
+            pl.loop(0, lax.div(total - block + plan.grid - 1, plan.grid))(group)
+        if plan.tail:
+            last = dataclasses.replace(plan, rows=plan.rows + 1, warpgroups=1, groups=1)
+            rest = Worker(last, refs, out_refs, partials, *own)
+
+            @pl.when((block == 0) & (warpgroup == 0))
+            def _() -> None:
+                scope = rest.row(call, plan.rows)
+                rest.store(scope, plan.rows, [rest.chunk(scope, plan.rows, 0, plan.tail)])
+
+    return plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct((size,), jnp.dtype(dtype)) for size, dtype in outputs.values()],
+        grid=(plan.grid,),
+        grid_names=("block",),
+        num_threads=plan.warpgroups,
+        thread_name="warpgroup",
+        kernel_name="bi_rows",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )

@@ -1,0 +1,466 @@
+"""What a warpgroup does to 1024 elements at a time: the instructions that row and column kernels consist of.
+
+A chunk is 1024 elements, 8 consecutive ones for each of the 128 threads; beside it, an array of 128 has one value a thread.
+A chunk holds `lanes` elements of each of 1024 / lanes rows. Memory is reached by masked accesses of up to 16 bytes, which
+Mosaic's own loads are not. Each instruction is an object, so that a test can run a stand-in for it on a CPU.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.experimental.mosaic.gpu as mgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from bi_jax.rows.ptx import Block
+
+THREADS = 128
+VECTOR = 8
+"""Consecutive elements of a thread."""
+CHUNK = THREADS * VECTOR
+ACCESS = 16
+"""Bytes of the widest access of a thread."""
+
+Ref = Any
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+_REF = plgpu.RefType()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which elements of a row-major array a chunk is: `lanes` columns of rows that are `step` apart (0: of one row).
+
+    Attributes:
+        stride: elements from a row to the next.
+        lanes: columns, a power of two from 8 to 1024.
+        step: rows from one group of lanes to the next.
+        rows: rows of the array where a group may lie beyond them, else None.
+        end: columns of the array where a chunk may reach beyond them, else None.
+    """
+
+    stride: int
+    lanes: int = CHUNK
+    step: int = 0
+    rows: int | None = None
+    end: int | None = None
+
+    def row(self, row: ir.Value) -> ir.Value:
+        """The row of this thread, where the first group's is `row`."""
+        return arith.addi(row, arith.muli(arith.divui(_first(), _i32(self.lanes)), _i32(self.step)))
+
+    def column(self, column: ir.Value) -> ir.Value:
+        """The first column of this thread, where the first lane's is `column`."""
+        return arith.addi(column, arith.remui(_first(), _i32(self.lanes)))
+
+    def offset(self, row: ir.Value, column: ir.Value) -> ir.Value:
+        """Elements before (row, column)."""
+        i64 = ir.IntegerType.get_signless(64)
+        rows = arith.muli(arith.extsi(i64, row), utils.c(self.stride, i64))
+        return arith.addi(rows, arith.extsi(i64, column))
+
+    def inside(self, row: ir.Value, column: ir.Value) -> ir.Value | None:
+        """Whether the array has an element there; None if it always has."""
+        tests = [(row, self.rows), (column, self.end)]
+        return _all(*(_compare("ult", x, _i32(bound)) for x, bound in tests if bound is not None))
+
+
+class Instruction:
+    """A piece of device code: `emit` writes it."""
+
+    references: ClassVar[int] = 0
+    """How many of the first arguments are references."""
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on references, int32 scalars and arrays of a chunk or of a value a thread."""
+        args = *args[: self.references], *(jnp.asarray(x) for x in args[self.references :])
+        types = [_REF if i < self.references else _layout(x.shape) for i, x in enumerate(args)]
+        run = plgpu.inline_mgpu(arg_types=tuple(types), return_type=self.result(*args))
+        return run(self.emit)(*args)
+
+    def result(self, *args: Any) -> Any:
+        """The type of what `emit` returns."""
+        raise NotImplementedError
+
+    def emit(self, context: Any, *args: Any) -> Any:
+        """Write the code."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Load(Instruction):
+    """(ref, row, column): a chunk, `width` elements at a time; zeros where the array has none."""
+
+    dtype: str
+    place: Place
+    width: int
+
+    references = 1
+
+    def result(self, ref, row, column):
+        return _array((CHUNK,), self.dtype)
+
+    def emit(self, context, ref, row, column):
+        row, column = self.place.row(_scalar(row)), self.place.column(_scalar(column))
+        element = utils.dtype_to_ir_type(jnp.dtype(self.dtype))
+        words = []
+        for first in range(0, VECTOR, self.width):
+            at = arith.addi(column, _i32(first))
+            address = _address(ref, self.place.offset(row, at))
+            words += _load(address, self.place.inside(row, at), self.width * utils.bytewidth(element), _space(ref))
+        return _fragments(_bitcast_words(words, element), self.dtype)
+
+
+@dataclass(frozen=True)
+class Store(Instruction):
+    """(ref, row, column, chunk): what `Load` with the same fields reads."""
+
+    dtype: str
+    place: Place
+    width: int
+
+    references = 1
+
+    def result(self, ref, row, column, value):
+        return ()
+
+    def emit(self, context, ref, row, column, value):
+        row, column = self.place.row(_scalar(row)), self.place.column(_scalar(column))
+        size = self.width * jnp.dtype(self.dtype).itemsize
+        (register,) = value.registers.flat
+        word = ir.IntegerType.get_signless(8 * min(size, 4))
+        words = _bitcast_vector(register, word)
+        for first in range(0, VECTOR, self.width):
+            at = arith.addi(column, _i32(first))
+            address = _address(ref, self.place.offset(row, at))
+            count = size // (word.width // 8)
+            _store(address, self.place.inside(row, at), words[:count], _space(ref))
+            words = words[count:]
+        return ()
+
+
+@dataclass(frozen=True)
+class LoadValue(Instruction):
+    """(ref, row, column): one element a thread, that of the thread's row, widened to 32 bits; 0 where the array has none.
+
+    `column` may be an array, of one column a thread: NaN where the array has none.
+    """
+
+    dtype: str
+    place: Place
+
+    references = 1
+
+    def result(self, ref, row, column):
+        return _array((THREADS,), "int32" if self.dtype == "int32" else "float32")
+
+    def emit(self, context, ref, row, column):
+        row, column = self.place.row(_scalar(row)), column.registers.flat[0]
+        gathered = isinstance(column.type, ir.VectorType)
+        if gathered:
+            column = _extract(column, 0)
+        inside = self.place.inside(row, column)
+        element = utils.dtype_to_ir_type(jnp.dtype(self.dtype))
+        words = _load(_address(ref, self.place.offset(row, column)), inside, utils.bytewidth(element), _space(ref))
+        value = _extract(_bitcast_words(words, element), 0)
+        if utils.bitwidth(element) == 16:
+            value = llvm.fpext(ir.F32Type.get(), value)
+        if gathered:
+            value = arith.select(inside, value, utils.c(math.nan, value.type))
+        return _fragments(_vector([value]), self.result(None, None, None).dtype)
+
+
+@dataclass(frozen=True)
+class StoreValue(Instruction):
+    """(ref, row, column, value): the first thread of each row stores its value."""
+
+    place: Place
+
+    references = 1
+
+    def result(self, ref, row, column, value):
+        return ()
+
+    def emit(self, context, ref, row, column, value):
+        group = self.place.lanes if self.place.step else CHUNK
+        first = _compare("eq", arith.remui(_first(), _i32(group)), _i32(0))
+        row, column = self.place.row(_scalar(row)), _scalar(column)
+        inside = _all(first, self.place.inside(row, column))
+        words = _bitcast_vector(value.registers.flat[0], ir.IntegerType.get_signless(32))
+        _store(_address(ref, self.place.offset(row, column)), inside, words, _space(ref))
+        return ()
+
+
+@dataclass(frozen=True)
+class Columns(Instruction):
+    """(column): the columns of a chunk, int32, where the first lane's is `column`."""
+
+    lanes: int
+
+    def result(self, column):
+        return _array((CHUNK,), "int32")
+
+    def emit(self, context, column):
+        first = Place(0, self.lanes).column(_scalar(column))
+        return _fragments(_vector([arith.addi(first, _i32(i)) for i in range(VECTOR)]), "int32")
+
+
+@dataclass(frozen=True)
+class Unpack(Instruction):
+    """(chunk): the elements of a thread, as 8 arrays of one a thread."""
+
+    def result(self, x):
+        return [_array((THREADS,), x.dtype)] * VECTOR
+
+    def emit(self, context, x):
+        return [_fragments(_vector([_extract(x.registers.flat[0], i)]), "float32") for i in range(VECTOR)]
+
+
+@dataclass(frozen=True)
+class Shuffle(Instruction):
+    """(x): the values of the thread whose number differs in the bit `distance`, below 32."""
+
+    distance: int
+
+    def result(self, x):
+        return _array(x.shape, x.dtype)
+
+    def emit(self, context, x):
+        values = [utils.shfl_bfly(value, self.distance) for value in _elements(x)]
+        return _fragments(_vector(values), "float32")
+
+
+@dataclass(frozen=True)
+class Warps(Instruction):
+    """(scratch, x): the values of the same thread in each of `count` warps, those of an aligned group."""
+
+    count: int
+
+    references = 1
+
+    def result(self, scratch, x):
+        return [_array(x.shape, x.dtype)] * self.count
+
+    def emit(self, context, scratch, x):
+        element = ir.F32Type.get()
+        base, thread = utils.memref_ptr(scratch), _thread()
+        values = _elements(x)
+        size = len(values)
+        utils.warpgroup_barrier()  # the scratch may still be read
+        for i, value in enumerate(values):
+            at = arith.addi(thread, _i32(i * THREADS))
+            llvm.store(value, utils.getelementptr(base, [at], element))
+        utils.warpgroup_barrier()
+        group = arith.andi(thread, _i32(THREADS - 32 * self.count + 31))
+        results = []
+        for warp in range(self.count):
+            ats = [arith.addi(group, _i32(i * THREADS + 32 * warp)) for i in range(size)]
+            read = [llvm.load(element, utils.getelementptr(base, [at], element)) for at in ats]
+            results.append(_fragments(_vector(read), "float32"))
+        return results
+
+
+@dataclass(frozen=True)
+class Sync(Instruction):
+    """(): what threads wrote to shared memory before can be read by the others of the warpgroup afterwards."""
+
+    def result(self):
+        return ()
+
+    def emit(self, context):
+        utils.warpgroup_barrier()
+        return ()
+
+
+@dataclass(frozen=True)
+class Evaluate(Instruction):
+    """(*inputs): the outputs of `block`, for every element or for every thread.
+
+    Attributes:
+        dtypes: of the outputs; a 16-bit one is rounded, its NaN canonical.
+        size: of the outputs, 1024 or 128. Inputs of 128 are the same for the elements of a thread.
+    """
+
+    block: Block
+    dtypes: tuple[str, ...]
+    size: int
+
+    def result(self, *inputs):
+        return [_array((self.size,), dtype) for dtype in self.dtypes]
+
+    def emit(self, context, *inputs):
+        text, constraints = self.block.text(), self.block.constraints()
+        count = self.size // THREADS
+        elements = [_elements(x) for x in inputs]
+        types = [ir.F32Type.get() if node.kind == "float" else _i32_type() for node in self.block.outputs]
+        results: list[list] = []
+        for i in range(count):
+            operands = [values[i if len(values) > 1 else 0] for values in elements]
+            results.append(_assembly(text, constraints, types, operands))
+        columns = zip(*results, strict=True)
+        return [_fragments(_rounded(values, dtype), dtype) for values, dtype in zip(columns, self.dtypes, strict=True)]
+
+
+def width(dtype: str, *extents: int) -> int:
+    """Elements of the widest access to rows whose lengths and distances are multiples of `extents`."""
+    return math.gcd(VECTOR, ACCESS // jnp.dtype(dtype).itemsize, *extents)
+
+
+def _layout(shape: tuple[int, ...]) -> Any:
+    return plgpu.Layout.WG_STRIDED(shape, vec_size=shape[0] // THREADS) if shape else _SCALAR
+
+
+def _array(shape: tuple[int, ...], dtype: Any) -> Any:
+    return plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=_layout(shape))
+
+
+def _i32_type() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _i32(value: int) -> ir.Value:
+    return utils.c(value, _i32_type())
+
+
+def _thread() -> ir.Value:
+    """The number of this thread in its warpgroup."""
+    return arith.remui(utils.thread_idx(), _i32(THREADS))
+
+
+def _first() -> ir.Value:
+    """The place of this thread's first element in a chunk."""
+    return arith.muli(_thread(), _i32(VECTOR))
+
+
+def _compare(predicate: str, x: ir.Value, y: ir.Value) -> ir.Value:
+    return arith.cmpi(getattr(arith.CmpIPredicate, predicate), x, y)
+
+
+def _all(*tests: ir.Value | None) -> ir.Value | None:
+    """The conjunction; None stands for true."""
+    given = [test for test in tests if test is not None]
+    return functools.reduce(arith.andi, given) if given else None
+
+
+def _scalar(x: mgpu.FragmentedArray) -> ir.Value:
+    return x.registers.item()
+
+
+def _elements(x: mgpu.FragmentedArray) -> list[ir.Value]:
+    """The elements of this thread; 16-bit floats widened."""
+    (register,) = x.registers.flat
+    element = ir.VectorType(register.type).element_type
+    if isinstance(element, ir.BF16Type):  # the upper half of a float32
+        halves = []
+        for word in _bitcast_vector(register, _i32_type()):
+            halves += [arith.shli(word, _i32(16)), arith.andi(word, _i32(-65536))]
+        return [llvm.bitcast(ir.F32Type.get(), half) for half in halves]
+    values = [_extract(register, i) for i in range(ir.VectorType(register.type).shape[0])]
+    return [llvm.fpext(ir.F32Type.get(), value) for value in values] if isinstance(element, ir.F16Type) else values
+
+
+def _rounded(values: Sequence[ir.Value], dtype: str) -> ir.Value:
+    """float32 or int32 values as a vector of `dtype`."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return _vector(values)
+    name = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
+    pairs = zip(values[::2], values[1::2], strict=True)
+    text = f"cvt.rn.{name}.f32 $0, $2, $1;"
+    words = [_assembly(text, "=r,f,f", [_i32_type()], list(pair))[0] for pair in pairs]
+    return _bitcast_words(words, utils.dtype_to_ir_type(jnp.dtype(dtype)))
+
+
+def _fragments(register: ir.Value, dtype: str) -> mgpu.FragmentedArray:
+    size = ir.VectorType(register.type).shape[0]
+    layout = mgpu.WGStridedFragLayout((size * THREADS,), size)
+    registers = np.array([register], dtype=object)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=utils.is_signed(jnp.dtype(dtype)))
+
+
+def _extract(vector: ir.Value, i: int) -> ir.Value:
+    return llvm.extractelement(vector, _i32(i))
+
+
+def _vector(values: Sequence[ir.Value]) -> ir.Value:
+    result = llvm.mlir_undef(ir.VectorType.get((len(values),), values[0].type))
+    for i, value in enumerate(values):
+        result = llvm.insertelement(result, value, _i32(i))
+    return result
+
+
+def _bitcast_words(words: list[ir.Value], element: ir.Type) -> ir.Value:
+    """Integers as a vector of `element`."""
+    vector = _vector(words)
+    count = len(words) * words[0].type.width // utils.bitwidth(element)
+    return llvm.bitcast(ir.VectorType.get((count,), element), vector)
+
+
+def _bitcast_vector(vector: ir.Value, word: ir.Type) -> list[ir.Value]:
+    """A vector as integers of the type `word`."""
+    kind = ir.VectorType(vector.type)
+    count = kind.shape[0] * utils.bitwidth(kind.element_type) // word.width
+    words = llvm.bitcast(ir.VectorType.get((count,), word), vector)
+    return [_extract(words, i) for i in range(count)]
+
+
+def _space(ref: ir.Value) -> str:
+    return "shared" if utils.is_smem_ref(ref) else "global"
+
+
+def _address(ref: ir.Value, offset: ir.Value) -> ir.Value:
+    """The address of an element in its state space."""
+    pointer = utils.getelementptr(utils.memref_ptr(ref), [offset], ir.MemRefType(ref.type).element_type)
+    if _space(ref) == "shared":
+        return llvm.ptrtoint(_i32_type(), pointer)
+    pointer = llvm.addrspacecast(llvm.PointerType.get(1), pointer)
+    return llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer)
+
+
+def _load(address: ir.Value, inside: ir.Value | None, size: int, space: str) -> list[ir.Value]:
+    """`size` bytes as integers of up to 4 bytes, or zeros."""
+    bits = 8 * min(size, 4)
+    count = max(size // 4, 1)
+    outputs = [f"${i}" for i in range(count)]
+    vector, listed = (f".v{count}", f"{{{', '.join(outputs)}}}") if count > 1 else ("", outputs[0])
+    kind = f"{space}.nc" if space == "global" else space
+    zeros = " ".join(f"mov.b{bits} {x}, 0;" for x in outputs)
+    load = f"ld.{kind}{vector}.b{bits} {listed}, [${count}];"
+    register, pointer = "h" if bits == 16 else "r", "r" if space == "shared" else "l"
+    types = [ir.IntegerType.get_signless(bits)] * count
+    if inside is None:
+        return _assembly(load, ",".join([f"={register}"] * count + [pointer]), types, [address], side_effects=True)
+    text = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {zeros} @p {load} }}"
+    constraints = ",".join([f"=&{register}"] * count + [pointer, "r"])
+    return _assembly(text, constraints, types, [address, arith.extui(_i32_type(), inside)], side_effects=True)
+
+
+def _store(address: ir.Value, inside: ir.Value | None, words: list[ir.Value], space: str) -> None:
+    bits, count = words[0].type.width, len(words)
+    inputs = [f"${i + 1}" for i in range(count)]
+    vector, listed = (f".v{count}", f"{{{', '.join(inputs)}}}") if count > 1 else ("", inputs[0])
+    store = f"st.{space}{vector}.b{bits} [$0], {listed};"
+    operands = ["r" if space == "shared" else "l", *["h" if bits == 16 else "r"] * count]
+    if inside is None:
+        _assembly(store, ",".join(operands), [], [address, *words], side_effects=True)
+        return
+    text = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; @p {store} }}"
+    predicate = arith.extui(_i32_type(), inside)
+    _assembly(text, ",".join([*operands, "r"]), [], [address, *words, predicate], side_effects=True)
+
+
+def _assembly(
+    text: str, constraints: str, types: list[ir.Type], operands: list[ir.Value], side_effects: bool = False
+) -> list[ir.Value]:
+    """Inline PTX with results of `types`."""
+    if not types:
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)
+        return []
+    result = types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
+    value = llvm.inline_asm(result, operands, text, constraints, has_side_effects=side_effects)
+    return [value] if len(types) == 1 else [llvm.extractvalue(kind, value, [i]) for i, kind in enumerate(types)]

@@ -1,0 +1,155 @@
+"""What the instructions of `bi_jax.rows.warpgroup` do, in NumPy: stand-ins for their PTX on a machine without a GPU."""
+
+from collections.abc import Sequence
+from functools import singledispatch
+from typing import Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from bi_jax.rows import warpgroup
+from bi_jax.rows.ptx import Block, Node
+from bi_jax.rows.warpgroup import CHUNK, THREADS, VECTOR, Instruction, Place
+from shared_specs.formats import FLOAT32_NAN, float_format
+from shared_specs.reference.arithmetic import NumpyArithmetic
+
+FIRST = np.arange(THREADS) * VECTOR
+
+
+class Memory(Protocol):
+    """An array in memory."""
+
+    def read(self) -> np.ndarray: ...
+    def write(self, indices: np.ndarray, values: np.ndarray) -> None: ...
+
+
+@singledispatch
+def run(instruction: Instruction, *args: Memory | np.ndarray) -> list[np.ndarray]:
+    """The results of `instruction`; a `Memory` stands for a reference."""
+    raise NotImplementedError(instruction)
+
+
+def _places(place: Place, row: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row and the first column of every thread."""
+    return row + FIRST // place.lanes * place.step, column + FIRST % place.lanes
+
+
+def _accesses(place: Place, row: np.ndarray, column: np.ndarray, width: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices into memory of the elements of a chunk, and which of them exist; [threads, 8]."""
+    rows, columns = _places(place, row, column)
+    starts = columns[:, None] + np.arange(0, VECTOR, width)
+    inside = np.ones(starts.shape, bool)
+    if place.rows is not None:
+        inside &= (rows < place.rows)[:, None]
+    if place.end is not None:
+        inside &= (starts >= 0) & (starts < place.end)
+    offsets = rows[:, None].astype(np.int64) * place.stride + starts
+    assert np.all(offsets[inside] % width == 0), "an access is not aligned"
+    assert np.all((offsets[inside] >= 0) & (offsets[inside] + width <= size)), "an access is out of bounds"
+    elements = (offsets[:, :, None] + np.arange(width)).reshape(THREADS, VECTOR)
+    return elements, np.repeat(inside, width, axis=1)
+
+
+@run.register
+def _(instruction: warpgroup.Load, memory: Memory, row: np.ndarray, column: np.ndarray) -> list[np.ndarray]:
+    content = memory.read()
+    indices, inside = _accesses(instruction.place, row, column, instruction.width, content.size)
+    values = np.zeros((THREADS, VECTOR), content.dtype)
+    values[inside] = content[indices[inside]]
+    return [values.reshape(CHUNK)]
+
+
+@run.register
+def _(instruction: warpgroup.Store, memory: Memory, row: np.ndarray, column: np.ndarray, value: np.ndarray) -> list[np.ndarray]:
+    indices, inside = _accesses(instruction.place, row, column, instruction.width, memory.read().size)
+    memory.write(indices[inside], value.reshape(THREADS, VECTOR)[inside])
+    return []
+
+
+def _inside(place: Place, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    inside = np.ones(THREADS, bool) if place.rows is None else rows < place.rows
+    return inside if place.end is None else inside & (columns >= 0) & (columns < place.end)
+
+
+@run.register
+def _(instruction: warpgroup.LoadValue, memory: Memory, row: np.ndarray, column: np.ndarray) -> list[np.ndarray]:
+    content, place = memory.read(), instruction.place
+    rows, columns = _places(place, row, np.int32(0))[0], np.broadcast_to(column, (THREADS,))
+    inside = _inside(place, rows, columns)
+    indices = rows.astype(np.int64) * place.stride + columns
+    values = content[np.where(inside, indices, 0)]
+    if content.dtype != np.int32:
+        values = float_format(content.dtype.name).decode(values.view(float_format(content.dtype.name).storage))
+    return [np.where(inside, values, values.dtype.type(np.nan if column.ndim else 0))]
+
+
+@run.register
+def _(
+    instruction: warpgroup.StoreValue, memory: Memory, row: np.ndarray, column: np.ndarray, value: np.ndarray
+) -> list[np.ndarray]:
+    place = instruction.place
+    rows, columns = _places(place, row, np.int32(0))[0], np.broadcast_to(column, (THREADS,))
+    first = FIRST % (place.lanes if place.step else CHUNK) == 0
+    inside = first & _inside(place, rows, columns)
+    memory.write((rows.astype(np.int64) * place.stride + columns)[inside], value[inside])
+    return []
+
+
+@run.register
+def _(instruction: warpgroup.Columns, column: np.ndarray) -> list[np.ndarray]:
+    return [(column + np.arange(CHUNK) % instruction.lanes).astype(np.int32)]
+
+
+@run.register
+def _(instruction: warpgroup.Unpack, x: np.ndarray) -> list[np.ndarray]:
+    return list(x.reshape(THREADS, VECTOR).T)
+
+
+@run.register
+def _(instruction: warpgroup.Shuffle, x: np.ndarray) -> list[np.ndarray]:
+    threads = x.reshape(THREADS, -1)
+    return [threads[np.arange(THREADS) ^ instruction.distance].reshape(x.shape)]
+
+
+@run.register
+def _(instruction: warpgroup.Warps, scratch: Memory, x: np.ndarray) -> list[np.ndarray]:
+    assert scratch.read().size >= x.size
+    warps = x.reshape(-1, instruction.count, x.size // THREADS * 32)
+    return [np.repeat(warps[:, warp], instruction.count, axis=0).reshape(x.shape) for warp in range(instruction.count)]
+
+
+@run.register
+def _(instruction: warpgroup.Sync) -> list[np.ndarray]:
+    return []
+
+
+@run.register
+def _(instruction: warpgroup.Evaluate, *inputs: np.ndarray) -> list[np.ndarray]:
+    values = [_widened(np.repeat(x, instruction.size // x.size)) for x in inputs]
+    results = []
+    for x, dtype in zip(_evaluated(instruction.block, values), instruction.dtypes, strict=True):
+        out = np.broadcast_to(x, (instruction.size,))
+        if dtype in ("bfloat16", "float16"):
+            out = float_format(dtype).encode(out).view(jnp.dtype(dtype))
+        results.append(np.ascontiguousarray(out, jnp.dtype(dtype)))
+    return results
+
+
+def _widened(x: np.ndarray) -> np.ndarray:
+    if x.dtype == np.int32:
+        return x
+    fmt = float_format(x.dtype.name)
+    return fmt.decode(x.view(fmt.storage))
+
+
+def _evaluated(block: Block, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    f, values = NumpyArithmetic(), dict(zip(block.inputs, inputs, strict=True))
+    for node in block.operations:
+        values[node] = getattr(f, node.operation)(*(_operand(x, values) for x in node.operands))
+    return [values[node] for node in block.outputs]
+
+
+def _operand(x: Node | float | int | str, values: dict[Node, np.ndarray]) -> np.ndarray | np.float32 | int | float | str:
+    if isinstance(x, Node):
+        return values[x]
+    return FLOAT32_NAN.view(np.float32) if isinstance(x, float) and np.isnan(x) else x
