@@ -130,8 +130,8 @@ def row_formulas(program: RowProgram, n: int, one_segment: bool, dtypes: tuple[t
 
 
 @cache
-def column_formulas(program: ColumnProgram) -> Mapping[str, tuple[Listing, Node]]:
-    """The listing and the summed value of each output."""
+def column_formulas(program: ColumnProgram) -> tuple[Listing, Mapping[str, Node]]:
+    """The listing, and what is summed for each output."""
     f, e = Listing(), SimpleNamespace()
     for level, names in (
         (Level.ELEMENT, (*program.elements, *program.columns)),
@@ -140,7 +140,7 @@ def column_formulas(program: ColumnProgram) -> Mapping[str, tuple[Listing, Node]
     ):
         for name in names:
             setattr(e, name, f.input(name, level))
-    return {name: (f, of(f, e)) for name, of in program.sums.items()}
+    return f, {name: of(f, e) for name, of in program.sums.items()}
 
 
 def _with_kept(stages: Sequence[Stage], outputs: list[Node]) -> tuple[Stage, ...]:

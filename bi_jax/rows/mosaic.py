@@ -1,6 +1,7 @@
 """The engine for NVIDIA GPUs: plans Pallas Mosaic kernels for row and column programs, and runs them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from bi_jax.rows.mosaic_columns import ColumnPass
+from bi_jax.rows.mosaic_columns import kernel as columns_kernel
 from bi_jax.rows.mosaic_kernel import SEGMENT, Plan, kernel, partial_count
 from bi_jax.rows.warpgroup import CHUNK, VECTOR
 from shared_specs.row_schedule import RowSchedule
-from shared_specs.rows import ROW_CONTRACT, RowProgram
+from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
 
 SMS = 132
 """Of an H100."""
@@ -19,6 +22,10 @@ REGISTERS = 65_536
 """Of an SM."""
 MAX_ROW = 2**31 - 1
 """Elements of a row, and rows: what an int32 counts."""
+MAX_COLUMNS, MIN_COLUMNS = 256, 32
+"""Columns of a block that sums over rows: a warp's, and as many float32 as make 128 bytes."""
+MAX_SUMS = 8
+"""Lanes of a thread, times sums: each takes 8 registers."""
 
 Arrays = Mapping[str, jax.Array]
 
@@ -47,10 +54,58 @@ def run_rows(
         ValueError: the schedule is not legal for these rows, or a row or their number exceeds `MAX_ROW`.
     """
     rows, n = inputs[program.elements[0]].shape
-    dtypes = {name: inputs[name].dtype.name for name in (*program.elements, *program.columns)}
-    wanted = {name: jnp.dtype(out_dtypes[name]).name for name in program.outputs}
-    results = _launch(row_plan(program, rows, n, dtypes, wanted, schedule), _operands(program, inputs, scalars), rows, n)
-    return {name: value.reshape((rows, n) if name in wanted else (rows,)) for name, value in results.items()}
+    plan = row_plan(program, rows, n, _dtypes(program, inputs), _names(out_dtypes), schedule)
+    results = _launch(plan, _operands(program, inputs, scalars), rows, n)
+    return {name: value.reshape((rows, n) if name in program.outputs else (rows,)) for name, value in results.items()}
+
+
+def run_columns(
+    program: ColumnProgram,
+    inputs: Arrays,
+    scalars: Mapping[str, jax.Array | float],
+    out_dtypes: Mapping[str, Any],
+    *,
+    schedule: RowSchedule | None = None,
+) -> dict[str, jax.Array]:
+    """The sums of `program`, [N] each of its dtype in `out_dtypes`; arguments as for `run_rows`.
+
+    `schedule.block_rows` is the number of lanes that a block sums.
+    """
+    operands = _operands(program, inputs, scalars)
+    passes = column_passes(program, *inputs[program.elements[0]].shape, _dtypes(program, inputs), _names(out_dtypes), schedule)
+    for made in passes:
+        operands = dict(zip(program.sums, columns_kernel(made, tuple(operands))(*operands.values()), strict=True))
+    return operands
+
+
+def column_passes(
+    program: ColumnProgram,
+    rows: int,
+    n: int,
+    dtypes: Mapping[str, str],
+    out_dtypes: Mapping[str, str],
+    schedule: RowSchedule | None = None,
+) -> list[ColumnPass]:
+    """The kernels that `schedule` makes of `program` for [rows, n]: one, and more while more than one row of sums is left.
+
+    Raises:
+        ValueError: the schedule is not legal.
+    """
+    if schedule is not None and schedule.warps != 4:
+        raise ValueError(f"a block of sums over rows has 4 warps, got {schedule.warps}")
+    thread_lanes = max(2, MAX_SUMS // (1 << (len(program.sums) - 1).bit_length()))
+    wanted = MAX_COLUMNS if schedule is None else CHUNK * thread_lanes // schedule.block_rows
+    columns = max(VECTOR, min(wanted, MAX_COLUMNS, 1 << (n - 1).bit_length()))
+    lanes = max(ROW_CONTRACT.lanes_for(rows), thread_lanes * CHUNK // columns)
+    passes = [ColumnPass(program, rows, n, _items(dtypes), _items(out_dtypes), SEGMENT, lanes, thread_lanes, columns)]
+    while (left := passes[-1].results) > 1:
+        lanes = 1 << (left - 1).bit_length()
+        columns = max(MIN_COLUMNS, min(MAX_COLUMNS, CHUNK * thread_lanes // lanes))
+        lanes = max(lanes, thread_lanes * CHUNK // columns)
+        partial = dict.fromkeys(program.sums, "float32")
+        sums = _sums_of(tuple(program.sums))
+        passes.append(ColumnPass(sums, left, n, _items(partial), _items(out_dtypes), lanes, lanes, thread_lanes, columns))
+    return passes
 
 
 def row_plan(
@@ -68,7 +123,7 @@ def row_plan(
     """
     if max(rows, n) > MAX_ROW:
         raise ValueError(f"a row, and their number, must not exceed {MAX_ROW}, got {rows} rows of {n}")
-    named, count, tail = (tuple(dtypes.items()), tuple(out_dtypes.items())), n, 0
+    named, count, tail = (_items(dtypes), _items(out_dtypes)), n, 0
     if _is_elementwise(program):
         rows, tail = divmod(rows * n, CHUNK)
         n = CHUNK
@@ -114,7 +169,7 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
     return RowSchedule(warps=4 * warpgroups, blocks_per_row=blocks)
 
 
-def workspace_bytes(plan: Plan) -> int:
+def row_workspace_bytes(plan: Plan) -> int:
     """Bytes that a row program allocates beside its outputs: the results of segments, where blocks share a row."""
     if plan.blocks == 1 or plan.segments == 1:
         return 0
@@ -140,13 +195,37 @@ def _call(plan: Plan, phases: range, operands: Arrays, outputs: Mapping[str, tup
     return dict(zip(outputs, results, strict=True))
 
 
-def _operands(program: RowProgram, inputs: Arrays, scalars: Mapping[str, Any]) -> dict[str, jax.Array]:
+def column_workspace_bytes(passes: Sequence[ColumnPass]) -> int:
+    """Bytes that a column program allocates beside its outputs: the sums of all passes but the last."""
+    return sum(4 * made.results * made.n * len(made.program.sums) for made in passes[:-1])
+
+
+@cache
+def _sums_of(names: tuple[str, ...]) -> ColumnProgram:
+    """The sums of elements that are called as their sums are."""
+    return ColumnProgram("sums", elements=names, sums={name: lambda f, e, name=name: getattr(e, name) for name in names})
+
+
+def _dtypes(program: RowProgram | ColumnProgram, inputs: Arrays) -> dict[str, str]:
+    return {name: inputs[name].dtype.name for name in (*program.elements, *program.columns)}
+
+
+def _names(dtypes: Mapping[str, Any]) -> dict[str, str]:
+    return {name: jnp.dtype(dtype).name for name, dtype in dtypes.items()}
+
+
+def _items(dtypes: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(dtypes.items())
+
+
+def _operands(program: RowProgram | ColumnProgram, inputs: Arrays, scalars: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The inputs as flat arrays; the call's scalars as an array, and its integers."""
-    operands = {name: inputs[name].reshape(-1) for name in (*program.elements, *program.columns, *program.rows, *program.ids)}
+    ids, integers = (program.ids, program.integers) if isinstance(program, RowProgram) else ((), ())
+    operands = {name: inputs[name].reshape(-1) for name in (*program.elements, *program.columns, *program.rows, *ids)}
     if program.scalars:
         operands["scalars"] = jnp.stack([_scalar(scalars[name], np.float32) for name in program.scalars])
-    if program.integers:
-        operands["integers"] = jnp.stack([_scalar(scalars[name], np.int32) for name in program.integers])
+    if integers:
+        operands["integers"] = jnp.stack([_scalar(scalars[name], np.int32) for name in integers])
     return operands
 
 

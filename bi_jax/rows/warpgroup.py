@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 import numpy as np
@@ -212,6 +213,19 @@ class Columns(Instruction):
 
 
 @dataclass(frozen=True)
+class Rows(Instruction):
+    """(row): the row of each thread, int32, where the first group's is `row`."""
+
+    place: Place
+
+    def result(self, row):
+        return _array((THREADS,), "int32")
+
+    def emit(self, context, row):
+        return _fragments(_vector([self.place.row(_scalar(row))]), "int32")
+
+
+@dataclass(frozen=True)
 class Unpack(Instruction):
     """(chunk): the elements of a thread, as 8 arrays of one a thread."""
 
@@ -305,6 +319,11 @@ class Evaluate(Instruction):
             results.append(_assembly(text, constraints, types, operands))
         columns = zip(*results, strict=True)
         return [_fragments(_rounded(values, dtype), dtype) for values, dtype in zip(columns, self.dtypes, strict=True)]
+
+
+def zeros() -> jax.Array:
+    """A chunk of float32 zeros."""
+    return plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), _layout((CHUNK,)))
 
 
 def width(dtype: str, *extents: int) -> int:

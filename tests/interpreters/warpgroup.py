@@ -101,6 +101,11 @@ def _(instruction: warpgroup.Columns, column: np.ndarray) -> list[np.ndarray]:
 
 
 @run.register
+def _(instruction: warpgroup.Rows, row: np.ndarray) -> list[np.ndarray]:
+    return [_places(instruction.place, row, np.int32(0))[0].astype(np.int32)]
+
+
+@run.register
 def _(instruction: warpgroup.Unpack, x: np.ndarray) -> list[np.ndarray]:
     return list(x.reshape(THREADS, VECTOR).T)
 
