@@ -159,7 +159,7 @@ def tanh(f: Arithmetic, x: Value) -> Value:
 
 
 def sigmoid(f: Arithmetic, x: Value) -> Value:
-    """1 / (1 + e^-x). Error 1.65 ulp, at -1.0998223.
+    """1 / (1 + e^-x). Error 1.65 ulp, at -1.0993261.
 
     With e = e^-|x| it is c / (1 + e), where c = e for negative x, else 1. As c - c e / (1 + e), it suffers less from the
     roundings of 1 + e and of the division, and a subnormal result is rounded once.
