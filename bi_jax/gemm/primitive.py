@@ -14,6 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from bi_jax.gemm import cpu, mosaic
+from bi_jax.platforms import ARCHITECTURE, check_capability
 from shared_specs import GemmContract
 
 gemm_p = Primitive("bi_gemm")
@@ -85,22 +86,8 @@ def _on_cpu(
 
 
 def _on_cuda(a: jax.Array, b: jax.Array, bias: jax.Array | None = None, **params: Any) -> jax.Array:
-    _check_capability()
+    check_capability()
     return mosaic.gemm(a, b, bias, **params)
-
-
-def _check_capability() -> None:
-    """Raise on a machine whose GPUs have no kernels. Without a GPU, a computation may still be lowered for another machine."""
-    try:
-        devices = jax.local_devices(backend="cuda")
-    except RuntimeError:
-        return
-    for device in devices:
-        arch = f"sm_{device.compute_capability.replace('.', '')}"
-        if arch != mosaic.ARCHITECTURE:
-            raise NotImplementedError(
-                f"bi_jax: {device.device_kind} is {arch}; there are kernels for {mosaic.ARCHITECTURE} only"
-            )
 
 
 def _lowering(engine: Any) -> Any:
@@ -121,7 +108,7 @@ def _lowering(engine: Any) -> Any:
 
 def _unsupported(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
     raise NotImplementedError(
-        f"bi_jax: no GEMM for {ctx.module_context.platforms}: supported are cpu and cuda ({mosaic.ARCHITECTURE})"
+        f"bi_jax: no GEMM for {ctx.module_context.platforms}: supported are cpu and cuda ({ARCHITECTURE})"
     )
 
 
