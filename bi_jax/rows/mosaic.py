@@ -1,5 +1,6 @@
 """The engine for NVIDIA GPUs: plans Pallas Mosaic kernels for row and column programs, and runs them."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -12,14 +13,14 @@ from jax.experimental import pallas as pl
 from bi_jax.rows.mosaic_columns import ColumnPass
 from bi_jax.rows.mosaic_columns import kernel as columns_kernel
 from bi_jax.rows.mosaic_kernel import SEGMENT, Plan, kernel, partial_count
-from bi_jax.rows.warpgroup import CHUNK, VECTOR
+from bi_jax.rows.warpgroup import CHUNK, THREADS, VECTOR
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
 
 SMS = 132
 """Of an H100."""
-REGISTERS = 65_536
-"""Of an SM."""
+REGISTERS, MAX_REGISTERS = 65_536, 256
+"""Of an SM, and of a thread."""
 MAX_ROW = 2**31 - 1
 """Elements of a row, and rows: what an int32 counts."""
 MAX_COLUMNS, MIN_COLUMNS = 256, 32
@@ -128,30 +129,42 @@ def row_plan(
         rows, tail = divmod(rows * n, CHUNK)
         n = CHUNK
     schedule = schedule or default_schedule(program, rows, n, dtypes)
-    segments = ROW_CONTRACT.segments(n)
-    lanes = max(VECTOR, ROW_CONTRACT.lanes_for(n))
     if schedule.warps % 4:
         raise ValueError(f"Mosaic's blocks consist of warpgroups, 4 warps each, got {schedule.warps} warps")
-    warpgroups, groups, blocks = schedule.warps // 4, 1, 1
+    segments, lanes = ROW_CONTRACT.segments(n), max(VECTOR, ROW_CONTRACT.lanes_for(n))
+    warpgroups, groups, row_warpgroups, blocks = schedule.warps // 4, 1, 1, 1
     if segments == 1:
         groups = pl.cdiv(schedule.block_rows, warpgroups * (CHUNK // lanes))
     else:
-        blocks = schedule.blocks_per_row
-        if schedule.block_rows > 1:
-            raise ValueError(f"a row of {n} elements is worked on alone, got block_rows = {schedule.block_rows}")
+        row_warpgroups, blocks = warpgroups // schedule.block_rows, schedule.blocks_per_row
+        if row_warpgroups == 0:
+            raise ValueError(f"each of {schedule.block_rows} rows of {n} elements needs a warpgroup, there are {warpgroups}")
         if program.reductions and segments > CHUNK and blocks == 1:
             raise ValueError(f"a row of {n} elements needs blocks_per_row > 1")
-    held = groups * _held_registers(program, dtypes, pl.cdiv(n, CHUNK), segments, blocks * warpgroups) <= _budget(warpgroups)
-    total = pl.cdiv(rows, warpgroups * groups * (CHUNK // lanes)) if segments == 1 else rows * blocks
+    total = pl.cdiv(rows, warpgroups // row_warpgroups * groups * (CHUNK // lanes)) * blocks
     grid = max(1, min(total, SMS * max(1, 16 // warpgroups)) if schedule.persistent else total)
-    return Plan(program, rows, n, count, tail, *named, lanes, groups, warpgroups, blocks, held, grid)
+    plan = Plan(program, rows, n, count, tail, *named, lanes, groups, warpgroups, row_warpgroups, blocks, False, False, grid)
+    return dataclasses.replace(plan, **_what_stays_in_registers(plan))
+
+
+def _what_stays_in_registers(plan: Plan) -> dict[str, bool]:
+    """Elements, if they take no more than half of a thread's registers; and what is computed from them, likewise."""
+    budget = min(MAX_REGISTERS, REGISTERS // (THREADS * plan.warpgroups)) // 2
+    if plan.segments > plan.workers or not (plan.segments == 1 or plan.program.reductions):
+        return {"held": False, "keeps": False}
+    chunks = plan.groups * min(pl.cdiv(plan.n, CHUNK), SEGMENT // CHUNK)
+    dtypes = dict(plan.dtypes)
+    elements = chunks * sum(VECTOR * jnp.dtype(dtypes[name]).itemsize // 4 for name in plan.program.elements)
+    kept = chunks * VECTOR * len({x for stage in plan.formulas.stages for step in stage.steps for x in step.kept})
+    return {"held": elements <= budget, "keeps": elements <= budget and kept <= budget}
 
 
 def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str, str]) -> RowSchedule:
     """A schedule that keeps enough loads under way: some 32 KiB an SM.
 
-    Rows of one segment: a warpgroup a block, with as many rows as make four chunks. Longer rows: a warpgroup a segment, up
-    to eight; and more blocks a row where there are fewer rows than SMs, or where nothing but outputs is to be computed.
+    Rows of one segment: a warpgroup a block, with as many rows as make four chunks. Longer rows: blocks of four warpgroups,
+    for two rows of two segments, or for one row; and more blocks a row where there are fewer rows than SMs, or where nothing
+    but outputs is to be computed.
     """
     segments = ROW_CONTRACT.segments(n)
     if segments == 1:
@@ -160,13 +173,13 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
         while chunks > 1 and rows * lanes < SMS * 8 * chunks * CHUNK:
             chunks //= 2
         return RowSchedule(block_rows=chunks * (CHUNK // lanes), warps=4, persistent=bool(program.integers))
-    warpgroups = min(8, 1 << (segments - 1).bit_length())
+    warpgroups = min(4, 1 << (segments - 1).bit_length())
     if not program.reductions:
         return RowSchedule(warps=4, blocks_per_row=segments)
     blocks = 1
     while (rows * blocks < SMS and blocks * warpgroups < segments) or (segments > CHUNK and blocks < 2):
         blocks *= 2
-    return RowSchedule(warps=4 * warpgroups, blocks_per_row=blocks)
+    return RowSchedule(block_rows=4 // warpgroups, warps=16, blocks_per_row=blocks)
 
 
 def row_workspace_bytes(plan: Plan) -> int:
@@ -236,16 +249,3 @@ def _scalar(value: Any, dtype: Any) -> jax.Array:
 def _is_elementwise(program: RowProgram) -> bool:
     """An element of the outputs depends on the same elements of the inputs, and on nothing of its place."""
     return not (program.reductions or program.columns or program.rows or program.ids or program.row_outputs)
-
-
-def _held_registers(program: RowProgram, dtypes: Mapping[str, str], chunks: int, segments: int, workers: int) -> int:
-    """Registers of a thread that hold the elements of its part of a row."""
-    per_chunk = sum(VECTOR * jnp.dtype(dtypes[name]).itemsize // 4 for name in program.elements)
-    if segments == 1:
-        return chunks * per_chunk
-    return pl.cdiv(segments, workers) * (SEGMENT // CHUNK) * per_chunk
-
-
-def _budget(warpgroups: int) -> int:
-    """Registers of a thread for elements: what is left beside 56 others, at 16 warps an SM or more."""
-    return min(128, REGISTERS // (128 * max(4, warpgroups))) - 56 if warpgroups > 4 else 128

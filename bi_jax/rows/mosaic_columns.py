@@ -104,30 +104,33 @@ def kernel(plan: ColumnPass, inputs: Sequence[str]) -> Callable[..., list[jax.Ar
 
         shared = {name: load(name, 0, 0, None) for name in plan.program.columns}
 
-        def add(row: Any, sums: tuple[jax.Array, ...], bounded: bool) -> list[jax.Array]:
-            """One row for every thread group."""
+        def scope(row: Any, bounded: bool) -> Scope:
+            """The values of one row for every group of threads, its elements on their way."""
+            bound = plan.rows if bounded else None
 
             def of_row(node: Node) -> jax.Array:
-                place = Place(1, plan.columns, plan.thread_lanes, plan.rows if bounded else None)
-                if node is row_number:
-                    return Rows(place)(row)
-                return LoadValue("float32", place)(refs[node.operation], row, 0)
+                place = Place(1, plan.columns, plan.thread_lanes, bound)
+                return Rows(place)(row) if node is row_number else LoadValue("float32", place)(refs[node.operation], row, 0)
 
             def of_element(node: Node) -> jax.Array:
-                return load(node.operation, row, plan.thread_lanes, plan.rows if bounded else None)
+                return load(node.operation, row, plan.thread_lanes, bound)
 
             chunk = Scope(Level.ELEMENT, of_element, Scope(Level.ROW, of_row, call))
             chunk.values |= {f.input(name, Level.ELEMENT): value for name, value in shared.items()}
+            chunk.load_for(list(values.values()), plan.program.elements)
+            return chunk
+
+        def add(chunk: Scope, sums: tuple[jax.Array, ...], bounded: bool) -> tuple[jax.Array, ...]:
             chunk.values |= dict(zip(so_far.values(), sums, strict=True))
-            addends = values.values()
+            addends: Sequence[Node] = list(values.values())
             if bounded:
                 addends = [f.select(f.int_less(row_number, plan.rows), value, 0.0) for value in addends]
-            return chunk.get([fold(f, "sum", total, value) for total, value in zip(so_far.values(), addends, strict=True)])
+            return tuple(chunk.get([fold(f, "sum", x, y) for x, y in zip(so_far.values(), addends, strict=True)]))
 
         def chunk_of_rows(bounded: bool) -> Callable:
             def step(i: Any, sums: tuple) -> tuple:
-                rows = [first + i * plan.lanes + lane for lane in range(plan.thread_lanes)]
-                return tuple(tuple(add(row, of_lane, bounded)) for row, of_lane in zip(rows, sums, strict=True))
+                scopes = [scope(first + i * plan.lanes + lane, bounded) for lane in range(plan.thread_lanes)]
+                return tuple(add(chunk, of_lane, bounded) for chunk, of_lane in zip(scopes, sums, strict=True))
 
             return step
 

@@ -49,8 +49,10 @@ class Plan:
         lanes: elements of a row in a chunk.
         groups: chunks of rows that a warpgroup holds at a time, where a row is one segment.
         warpgroups: of a block.
+        row_warpgroups: of them, those that share a row.
         blocks: that share a row.
         held: a warpgroup keeps its elements in registers from the first reduction to the outputs.
+        keeps: it keeps what is computed from them, too, where that is worth it.
         grid: blocks, each of which walks over row groups.
     """
 
@@ -64,8 +66,10 @@ class Plan:
     lanes: int
     groups: int
     warpgroups: int
+    row_warpgroups: int
     blocks: int
     held: bool
+    keeps: bool
     grid: int
 
     @property
@@ -75,7 +79,7 @@ class Plan:
     @property
     def block_rows(self) -> int:
         """Rows of a block at a time."""
-        return 1 if self.segments > 1 else self.warpgroups * self.groups * (CHUNK // self.lanes)
+        return self.warpgroups // self.row_warpgroups * self.groups * (CHUNK // self.lanes)
 
     @property
     def row_groups(self) -> int:
@@ -83,8 +87,8 @@ class Plan:
 
     @property
     def workers(self) -> int:
-        """Warpgroups that share a row."""
-        return self.blocks * self.warpgroups if self.segments > 1 else 1
+        """Warpgroups of all blocks that share a row."""
+        return self.blocks * self.row_warpgroups
 
     @property
     def formulas(self) -> Formulas:
@@ -92,8 +96,12 @@ class Plan:
 
     def place(self, stride: int, end: int | None = None, own: bool = True) -> Place:
         """A chunk's place in an array with a row for every row, its `own`, or with one row for all."""
-        rows = self.rows if own and self.rows % self.block_rows else None
+        rows = self.rows if own and self.segments == 1 and self.rows % self.block_rows else None
         return Place(stride, self.lanes, int(own and self.lanes < CHUNK), rows, end)
+
+    def width(self, dtype: str, end: int | None) -> int:
+        """Elements of an access to a chunk: rows begin at multiples of it, and so does what lies behind their `end`."""
+        return width(dtype, self.n if self.rows > 1 else 0, end or 0)
 
 
 @dataclass
@@ -147,7 +155,7 @@ class Worker:
                 return LoadValue(self.dtypes[element], plan.place(plan.n, plan.n))(self.refs[element], row, ids)
             return LoadValue(dtype_of(node), plan.place(1))(self.refs[name], row, 0)
 
-        return Scope(Level.ROW, load, call)
+        return Scope(Level.ROW, load, Scope(Level.CALL, call.load, call))
 
     def chunk(self, outer: Scope, row: Any, column: Any, end: int | None) -> Chunk:
         """The scope of one chunk."""
@@ -159,17 +167,15 @@ class Worker:
                 return Columns(plan.lanes)(column)
             dtype, own = self.dtypes[name], name in plan.program.elements
             place = plan.place(plan.n, end, own)
-            return Load(dtype, place, width(dtype, plan.n, end or 0))(self.refs[name], row if own else 0, column)
+            return Load(dtype, place, plan.width(dtype, end))(self.refs[name], row if own else 0, column)
 
         return Chunk(load, outer, column, end)
 
-    def segment(self, outer: Scope, row: Any, index: Any, length: int, whole: bool) -> list[Chunk]:
-        """The scopes of the chunks of a segment of `length` elements; `whole` unless the row may end within them."""
-        chunks = []
-        for start in range(0, max(length, 1), CHUNK):
-            inside = whole and start + self.plan.lanes <= length
-            chunks.append(self.chunk(outer, row, index * SEGMENT + start, None if inside else self.plan.n))
-        return chunks
+    def chunks(self, outer: Scope, row: Any, column: Any, length: int) -> list[Chunk]:
+        """The scopes of the chunks of `length` elements from `column` on, behind which a row may end."""
+        starts = range(0, length, CHUNK)
+        ends = [None if start + self.plan.lanes <= length else self.plan.n for start in starts]
+        return [self.chunk(outer, row, column + start, end) for start, end in zip(starts, ends, strict=True)]
 
     # What is done with rows of one segment
 
@@ -180,7 +186,7 @@ class Worker:
         scopes = [self.row(call, start) for start in starts]
 
         def chunks() -> list[list[Chunk]]:
-            return [self.segment(scope, start, 0, plan.n, True) for scope, start in zip(scopes, starts, strict=True)]
+            return [self.chunks(scope, start, 0, plan.n) for scope, start in zip(scopes, starts, strict=True)]
 
         rows = chunks()
         if plan.held:
@@ -198,12 +204,38 @@ class Worker:
 
     # What is done with rows of several segments
 
-    def long_row(self, call: Scope, row: Any, worker: Any, phases: range, meet: Callable[[], None]) -> None:
-        """The phases of a row: its reductions, then the outputs. Warpgroups `meet` between them."""
-        plan, stages = self.plan, self.formulas.stages
-        scope, shared = self.row(call, row), phases.start == 0 and phases.stop > 1
-        at = 0 if shared else row
-        held = self._held(scope, row, worker) if plan.held else None
+    def long_row(self, call: Scope, row: Any, at: Any, worker: Any, phases: range, meet: Callable[[], None]) -> None:
+        """The phases of a row: its reductions, then the outputs. Warpgroups `meet` between them.
+
+        Args:
+            call: the scope of the call.
+            row: its number.
+            at: the row of its partial results.
+            worker: number of this warpgroup among those that share the row.
+            phases: what is done.
+            meet: waits for the other warpgroups.
+        """
+        if not self.plan.held:
+            self._phases(self.row(call, row), row, at, worker, phases, meet, None)
+            return
+        whole, rest = divmod(self.plan.n, SEGMENT)
+        branches = [(worker < whole, [SEGMENT])]
+        branches += [(worker == whole, [rest])] if rest else []
+        branches += [(worker >= self.plan.segments, [])] if self.plan.workers > self.plan.segments else []
+        for condition, lengths in branches:
+
+            @pl.when(condition)
+            def _(lengths: list[int] = lengths) -> None:
+                scope = self.row(call, row)
+                held = [(worker, *self._segment(scope, row, worker, length)) for length in lengths]
+                values = [stage.steps[0].value for stage in self.formulas.stages]
+                self.fetch([chunks for _, _, chunks in held], [*values, *self.outputs])
+                self._phases(scope, row, at, worker, phases, meet, held)
+
+    def _phases(
+        self, scope: Scope, row: Any, at: Any, worker: Any, phases: range, meet: Callable[[], None], held: list | None
+    ) -> None:
+        stages = self.formulas.stages
         for phase in range(phases.start):
             self.combine(stages[phase], scope, self.partials[phase], at)
         for phase in phases:
@@ -214,7 +246,7 @@ class Worker:
             else:
                 scope.prepare_for([stages[phase].steps[0].value])
                 self.each_segment(scope, row, worker, held, functools.partial(self._partial, phase, at))
-                if shared:
+                if len(phases) > 1:
                     meet()
                     self.combine(stages[phase], scope, self.partials[phase], at)
 
@@ -228,8 +260,7 @@ class Worker:
         whole, rest = divmod(plan.n, SEGMENT)
 
         def segment(index: Any, length: int) -> None:
-            part = Scope(Level.ROW, scope.load, scope)
-            run(index, part, self.segment(part, row, index, length, True))
+            run(index, *self._segment(scope, row, index, length))
 
         if whole:
             count = lax.div(whole - worker + plan.workers - 1, jnp.int32(plan.workers))
@@ -237,16 +268,10 @@ class Worker:
         if rest:
             pl.when(worker == whole % plan.workers)(lambda: segment(jnp.int32(whole), rest))
 
-    def _held(self, scope: Scope, row: Any, worker: Any) -> list[tuple[Any, Scope, list[Chunk]]]:
-        """The segments of this worker, their elements loaded."""
-        plan, held = self.plan, []
-        even = plan.n % (SEGMENT * plan.workers) == 0
-        for i in range(pl.cdiv(plan.segments, plan.workers)):
-            part, index = Scope(Level.ROW, scope.load, scope), worker + i * plan.workers
-            held.append((index, part, self.segment(part, row, index, SEGMENT, even)))
-        values = [stage.steps[0].value for stage in self.formulas.stages]
-        self.fetch([chunks for _, _, chunks in held], [*values, *self.outputs])
-        return held
+    def _segment(self, scope: Scope, row: Any, index: Any, length: int) -> tuple[Scope, list[Chunk]]:
+        """The scopes of a segment and of its chunks."""
+        part = Scope(Level.ROW, scope.load, scope)
+        return part, self.chunks(part, row, index * SEGMENT, length)
 
     def _partial(self, phase: int, at: Any, index: Any, part: Scope, chunks: list[Chunk]) -> None:
         """Leave the results of a segment for the others."""
@@ -283,7 +308,7 @@ class Worker:
             start: Node | float = FILL[step.kind]
             if accumulator is not None:
                 start, chunk.values[so_far] = so_far, accumulator
-            (accumulator,) = chunk.get([fold(f, step.kind, start, value)], keep=step.kept if self.plan.held else ())
+            (accumulator,) = chunk.get([fold(f, step.kind, start, value)], keep=step.kept if self.plan.keeps else ())
             chunk.values.pop(so_far, None)
             chunk.forget(self.plan.program.columns)
         return tree(step.kind, accumulator, lanes, self.scratch)
@@ -334,7 +359,7 @@ class Worker:
         for chunk in chunks:
             values = chunk.get(self.outputs, dtypes)
             for name, dtype, value in zip(names, dtypes, values, strict=True):
-                store = Store(dtype, plan.place(plan.n, chunk.end), width(dtype, plan.n, chunk.end or 0))
+                store = Store(dtype, plan.place(plan.n, chunk.end), plan.width(dtype, chunk.end))
                 store(self.out_refs[name], row, chunk.column, value)
 
     def store_row(self, scope: Scope, row: Any) -> None:
@@ -348,6 +373,10 @@ class Worker:
 def _lanes(n: int) -> int:
     """Lanes for `n` elements: no fewer than a thread holds."""
     return max(VECTOR, ROW_CONTRACT.lanes_for(n))
+
+
+def _divmod(x: Any, y: int) -> tuple[Any, Any]:
+    return lax.div(x, jnp.int32(y)), lax.rem(x, jnp.int32(y))
 
 
 def partial_count(stage: Stage) -> int:
@@ -371,8 +400,9 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
     if plan.segments > CHUNK:
         scratch["totals"] = plgpu.SMEM((plan.warpgroups, CHUNK), jnp.float32)
     if shared:
-        scratch |= {name: plgpu.SMEM((plan.segments,), jnp.float32) for stage in names for name in stage}
-        scratch["meeting"] = plgpu.Barrier(num_arrivals=plan.warpgroups)
+        shape = plan.block_rows, plan.segments
+        scratch |= {name: plgpu.SMEM(shape, jnp.float32) for stage in names for name in stage}
+        scratch["meeting"] = plgpu.Barrier(num_arrivals=plan.row_warpgroups, num_barriers=plan.block_rows)
 
     def body(*args: Ref, **scratch: Ref) -> None:
         refs, out_refs = dict(zip(inputs, args, strict=False)), dict(zip(outputs, args[len(inputs) :], strict=True))
@@ -382,19 +412,24 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
         worker = Worker(plan, refs, out_refs, partials, *own)
         call = worker.call()
 
-        def meet() -> None:
-            plgpu.barrier_arrive(scratch["meeting"])
-            plgpu.barrier_wait(scratch["meeting"])
-
         def group(i: Any) -> None:
             index = block + i * plan.grid
             if plan.segments == 1:
                 worker.short_rows(call, (index * plan.warpgroups + warpgroup) * (plan.block_rows // plan.warpgroups))
                 return
-            row, part = (index, 0) if plan.blocks == 1 else (lax.div(index, plan.blocks), lax.rem(index, plan.blocks))
-            worker.long_row(call, row, part * plan.warpgroups + warpgroup, phases, meet)
-            if shared and plan.grid < plan.row_groups:
-                meet()  # the results of segments may still be read
+            slot, member = _divmod(warpgroup, plan.row_warpgroups)
+            index, part = _divmod(index, plan.blocks)
+            row = index * plan.block_rows + slot
+
+            def meet() -> None:
+                plgpu.barrier_arrive(scratch["meeting"].at[slot])
+                plgpu.barrier_wait(scratch["meeting"].at[slot])
+
+            @pl.when(row < plan.rows)
+            def _() -> None:
+                worker.long_row(call, row, slot if shared else row, part * plan.row_warpgroups + member, phases, meet)
+                if shared and plan.grid < plan.row_groups:
+                    meet()  # the partial results may still be read
 
         total = plan.row_groups * plan.blocks
         if plan.grid >= total:
@@ -403,7 +438,7 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
         else:
             pl.loop(0, lax.div(total - block + plan.grid - 1, plan.grid))(group)
         if plan.tail:
-            last = dataclasses.replace(plan, rows=plan.rows + 1, warpgroups=1, groups=1)
+            last = dataclasses.replace(plan, rows=plan.rows + 1, tail=0)
             rest = Worker(last, refs, out_refs, partials, *own)
 
             @pl.when((block == 0) & (warpgroup == 0))

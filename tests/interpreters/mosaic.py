@@ -100,7 +100,7 @@ class _Array:
     def __init__(self, key: Any, row: np.ndarray | None) -> None:
         self.memory = gpu_callbacks._get_shared_memory()
         content = self.memory.mem[gpu_callbacks.HostAllocationKey.from_array(key)].content
-        self.content = content if row is None else content[int(row)]
+        self.content = (content if row is None else content[int(row)]).reshape(-1)
 
     def read(self) -> np.ndarray:
         with self.memory.lock:
