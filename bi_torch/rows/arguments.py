@@ -52,7 +52,7 @@ def dims_of(op: str, x: Tensor, dim: Dims) -> tuple[int, ...]:
     extent = max(1, x.dim())  # a tensor without dimensions passes for one of a single element
     found = set()
     for d in dims:
-        if not isinstance(d, int):
+        if not isinstance(d, int) or isinstance(d, bool):
             raise TypeError(f"bi_torch.{op}: dim must be int or a sequence of int, got {type(d).__name__}")
         if not -extent <= d < extent:
             raise IndexError(
@@ -68,7 +68,7 @@ def to_rows(x: Tensor, dims: Sequence[int]) -> Tensor:
     """[R, N]: the elements of `dims`, in their order in memory of a contiguous tensor, are a row."""
     kept = [d for d in range(x.dim()) if d not in dims]
     shape = math.prod([x.shape[d] for d in kept]), math.prod([x.shape[d] for d in dims])
-    return x.permute(*kept, *dims).reshape(shape)
+    return x.permute([*kept, *dims]).reshape(shape)
 
 
 def from_rows(rows: Tensor, like: Tensor, dims: Sequence[int]) -> Tensor:

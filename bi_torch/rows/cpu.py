@@ -136,7 +136,7 @@ def run_columns(
                 return of(_F, e).expand(block.stop - block.start, part.stop - part.start)
 
             for name, of in program.sums.items():
-                total = _tree(_segment_sums(partial(chunk, of), rows, part.stop - part.start, contract))
+                total = _column_total(partial(chunk, of), rows, part.stop - part.start, contract)
                 results[name][part] = encode(total, results[name].dtype)
     return results
 
@@ -159,40 +159,56 @@ def _gather(x: Tensor, ids: Tensor) -> Tensor:
 
 def _reduce(reduction: Reduction, blocks: Iterator[Tensor], contract: RowContract) -> Tensor | sum_exp.SumExp:
     """The reduction of a row that comes in blocks [R, n] of whole segments, as [R, 1]."""
+    if reduction.kind in ("max", "min"):
+        largest = reduction.kind == "max"
+        return _extreme(torch.cat([_extreme(x, largest) for x in blocks], 1), largest)
+    parts = (part for x in blocks for part in _segments(x, contract))
     if reduction.kind == "sum":
-        return _tree(torch.cat([_row_segment_sums(x, contract) for x in blocks]))[:, None]
-    if reduction.kind == "sum_exp":
-        return _sum_exp(blocks, contract)
-    largest = reduction.kind == "max"
-    return _extreme(torch.cat([_extreme(x, largest) for x in blocks], 1), largest)
-
-
-def _sum_exp(blocks: Iterator[Tensor], contract: RowContract) -> sum_exp.SumExp:
+        return _row_total(torch.cat([_lanes_total(x, contract) for x in parts], 1))
     maxima, sums = [], []
-    for block in blocks:
-        for segment in block.split(contract.segment, 1):
-            maxima.append(_extreme(segment, largest=True))
-            sums.append(_row_segment_sums(sum_exp.term(_F, segment, maxima[-1]), contract))
-    segments = sum_exp.SumExp(torch.cat(maxima, 1), torch.cat(sums).T)
+    for x in parts:
+        maxima.append(_extreme(x, largest=True))
+        sums.append(_lanes_total(sum_exp.term(_F, x, maxima[-1]), contract))
+    segments = sum_exp.SumExp(torch.cat(maxima, 1)[:, :, 0], torch.cat(sums, 1))
     row_max = _extreme(segments.max, largest=True)
-    return sum_exp.SumExp(row_max, _tree(sum_exp.rescaled(_F, segments, row_max).T)[:, None])
+    return sum_exp.SumExp(row_max, _row_total(sum_exp.rescaled(_F, segments, row_max)))
 
 
-def _row_segment_sums(x: Tensor, contract: RowContract) -> Tensor:
-    """[R, n] to [segments, R]."""
-    return _segment_sums(lambda part: x.T[part], x.shape[1], x.shape[0], contract)
+def _segments(x: Tensor, contract: RowContract) -> Iterator[Tensor]:
+    """[R, segments, elements]: those that are full, then the last one where it is not."""
+    n = x.shape[1]
+    full, rest = divmod(n, contract.segment)
+    if full:
+        yield x[:, : n - rest].unflatten(1, (full, contract.segment))
+    if rest or not n:
+        yield x[:, None, n - rest :]
 
 
-def _segment_sums(chunk: Callable[[slice], Tensor], n: int, width: int, contract: RowContract) -> Tensor:
-    """[segments, width]: the sum of each segment of n elements; `chunk` gives those of a slice, [elements, width]."""
-    lanes = contract.lanes_for(n)
-    sums = torch.zeros(contract.segments(n), lanes, width, dtype=F32, device="cpu")
-    for segment in range(0, n, contract.segment):
-        end = min(segment + contract.segment, n)
-        for lo in range(segment, end, lanes):
+def _lanes_total(x: Tensor, contract: RowContract) -> Tensor:
+    """The sums of segments [R, segments, elements], as [R, segments]."""
+    rows, segments, n = x.shape
+    sums = torch.zeros(rows, segments, contract.lanes_for(n), dtype=F32, device="cpu")
+    for chunk in x.split(contract.lanes, 2):
+        sums[:, :, : chunk.shape[2]] += chunk
+    return _tree(sums.movedim(2, 0))
+
+
+def _row_total(segments: Tensor) -> Tensor:
+    """[R, segments] to [R, 1]."""
+    return _tree(segments.T)[:, None]
+
+
+def _column_total(chunk: Callable[[slice], Tensor], rows: int, width: int, contract: RowContract) -> Tensor:
+    """The sums [width] over the rows; `chunk` gives what is summed for some of them, [rows, width]."""
+    lanes, totals = contract.lanes_for(rows), []
+    for first in range(0, max(1, rows), contract.segment):
+        end = min(first + contract.segment, rows)
+        sums = torch.zeros(lanes, width, dtype=F32, device="cpu")
+        for lo in range(first, end, lanes):
             values = chunk(slice(lo, min(lo + lanes, end)))
-            sums[segment // contract.segment, : len(values)] += values
-    return _tree(sums.movedim(1, 0))
+            sums[: len(values)] += values
+        totals.append(_tree(sums))
+    return _tree(torch.stack(totals))
 
 
 def _tree(x: Tensor) -> Tensor:
@@ -205,16 +221,16 @@ def _tree(x: Tensor) -> Tensor:
 
 
 def _extreme(x: Tensor, largest: bool) -> Tensor:
-    """[R, n] to [R, 1]: the largest or the smallest; NaN wins, +0 is above -0; an infinity if there is none."""
-    if not x.shape[1]:
-        return torch.full((len(x), 1), -torch.inf if largest else torch.inf, dtype=F32, device="cpu")
-    extreme = x.amax(1, keepdim=True) if largest else x.amin(1, keepdim=True)
+    """The largest or the smallest of the last dimension, kept: NaN wins, +0 is above -0, an infinity if there is none."""
+    if not x.shape[-1]:
+        return torch.full((*x.shape[:-1], 1), -torch.inf if largest else torch.inf, dtype=F32, device="cpu")
+    extreme = x.amax(-1, keepdim=True) if largest else x.amin(-1, keepdim=True)
     zero = extreme == 0
     if not zero.any():
         return extreme
     # Where the largest is zero, a positive sign is that of a +0; where the smallest is zero, a negative one that of a -0.
-    negative = x.signbit().all(1, keepdim=True) if largest else x.signbit().any(1, keepdim=True)
-    return torch.where(zero, _F.select(negative, -0.0, 0.0), extreme)
+    negative = x.signbit().all(-1, keepdim=True) if largest else x.signbit().any(-1, keepdim=True)
+    return _F.select(zero, _F.select(negative, -0.0, 0.0), extreme)
 
 
 @contextmanager

@@ -72,7 +72,10 @@ class TorchArithmetic:
         product, z = _float(x).to(F64) * _float(y).to(F64), _float(z).to(F64)
         total = product + z
         result = total.to(F32)
-        return _fma_at_ties(product, z) if _may_be_tie(total, result) else result
+        if _may_be_tie(total, result):
+            ties = _ties(total, result)
+            result[ties] = _fma_at_ties(product.expand_as(total)[ties], z.expand_as(total)[ties])
+        return result
 
     def neg(self, x: Value) -> Value:
         return -_float(x)
@@ -81,13 +84,17 @@ class TorchArithmetic:
         return _float(x).abs()
 
     def max(self, x: Value, y: Value) -> Value:
-        x, y = _float(x), _float(y)
-        # Equal values differ at most in the sign of a zero, which `and` of the patterns clears.
-        return torch.where(x == y, (x.view(I32) & y.view(I32)).view(F32), torch.maximum(x, y))
+        largest = torch.maximum(_float(x), _float(y))
+        if _has_zero_order(x, y):
+            # Equal values differ at most in the sign of a zero, which `and` of the patterns clears.
+            return self.select(_float(x) == _float(y), (self.bits(x) & self.bits(y)).view(F32), largest)
+        return largest
 
     def min(self, x: Value, y: Value) -> Value:
-        x, y = _float(x), _float(y)
-        return torch.where(x == y, (x.view(I32) | y.view(I32)).view(F32), torch.minimum(x, y))
+        smallest = torch.minimum(_float(x), _float(y))
+        if _has_zero_order(x, y):
+            return self.select(_float(x) == _float(y), (self.bits(x) | self.bits(y)).view(F32), smallest)
+        return smallest
 
     def narrow(self, x: Value, dtype: str) -> Value:
         return encode(_float(x), getattr(torch, dtype)).to(F32)
@@ -111,7 +118,9 @@ class TorchArithmetic:
         x, y = (_float(v) if isinstance(v, float) else _int(v) for v in (x, y))
         if x.dtype != y.dtype:
             raise TypeError(f"select takes two floats or two integers, got {x.dtype} and {y.dtype}")
-        return torch.where(p, x, y)
+        # By masks: torch.where branches on every element.
+        mask, i, j = p.to(I32).neg_(), x.view(I32), y.view(I32)
+        return (((i ^ j) & mask) ^ j).view(x.dtype)
 
     def int_add(self, i: Value, j: Value) -> Value:
         return _int(i) + _int(j)
@@ -169,23 +178,43 @@ def encode(x: Tensor, dtype: torch.dtype) -> Tensor:
         bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(torch.int16)
     elif dtype == torch.float16:
         bits = x.to(dtype).view(torch.int16)
-    nan = torch.tensor(float_format(str(dtype).removeprefix("torch.")).nan, dtype=bits.dtype, device="cpu")
-    return torch.where(x.isnan(), nan, bits).view(dtype)
+    if x.numel() and x.amax().isnan():
+        bits = bits.masked_fill(x.isnan(), float_format(str(dtype).removeprefix("torch.")).nan)
+    return bits.view(dtype)
+
+
+def _has_zero_order(x: Value, y: Value) -> bool:
+    """Whether the larger of two zeros may be asked for: not where a constant is none."""
+    return all(isinstance(v, Tensor) or v == 0 for v in (x, y))
 
 
 def _may_be_tie(total: Tensor, result: Tensor) -> bool:
-    """Whether a float64 `total` stands half way between two float32 numbers, or among the subnormal ones.
-
-    Half way is the pattern 100..0 in the bits that float32 lacks: shifted to the top, the least integer. A nonzero result up to
-    the smallest normal number counts: shifted to the left, less one, its pattern is below all others, read as unsigned. A zero
-    does not: where a nonzero total rounds to zero, the sum was exact.
-    """
+    """Whether any of `_ties`, by two minima: the quickest reductions that torch has."""
     if not total.numel():
         return False
-    ties = total.view(I64) << (64 - EXTRA_BITS)
-    magnitude = (result.view(I32) << 1) + I32_MAX
-    smallest_normal = 1 << FLOAT32.mantissa_bits
-    return int(ties.amin()) == I64_MIN or int(magnitude.amin()) < 2 * smallest_normal + I32_MIN
+    return int(_tie_pattern(total).view(I32).amin()) == I32_MIN or int(_magnitude(result).amin()) < _LEAST_NORMAL
+
+
+def _ties(total: Tensor, result: Tensor) -> Tensor:
+    """Where a float64 `total` is half way between two float32 numbers, or `result` is not above the least normal number.
+
+    Zeros do not count: where a total that is not zero rounds to zero, the sum was exact.
+    """
+    return (_tie_pattern(total) == I64_MIN) | (_magnitude(result) < _LEAST_NORMAL)
+
+
+def _tie_pattern(total: Tensor) -> Tensor:
+    """Half way is 100..0 in the bits that float32 lacks: shifted to the top, the least integer."""
+    return total.view(I64) << (64 - EXTRA_BITS)
+
+
+def _magnitude(result: Tensor) -> Tensor:
+    """The patterns of |result| in their order, but that of zero at the end: less one as unsigned, moved to signed."""
+    return (result.view(I32) << 1) + I32_MAX
+
+
+_LEAST_NORMAL = (2 << FLOAT32.mantissa_bits) + I32_MIN
+"""`_magnitude` of what is above the least normal number is larger."""
 
 
 def _fma_at_ties(product: Tensor, z: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def embedding_backward(ids, ends, tokens, g, dweight, D, rows, padding_idx, BLOC
     if (row != before) & (row >= 0) & (row < rows) & (row != padding_idx):
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < D
-        sums = tl.zeros([BLOCK], tl.float32)
+        sums = tl.full([BLOCK], 0.0, tl.float32)
         for position in range(first, tl.load(ends + first)):
             cotangent = tl.load(g + tl.load(tokens + position) * D + column, mask=inside, other=0.0)
             sums += cotangent.to(tl.float32)

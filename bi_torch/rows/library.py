@@ -67,7 +67,12 @@ class Op:
         Without a gradient to record, the autograd key is skipped: it would do the same at a higher overhead. A compiler traces
         the op itself.
         """
-        if torch.compiler.is_compiling() or _differentiated(args):
+        if torch.compiler.is_compiling():
+            return self._overload(*args)
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise RuntimeError(f"bi_torch.{self.name} has no gradient in forward mode")
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return self._overload(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*args)
@@ -195,10 +200,3 @@ def _out_dtype(name: str, e: SimpleNamespace) -> torch.dtype:
 
 def _pack(outputs: Mapping[str, Tensor], results: list[str]) -> Any:
     return outputs[results[0]] if len(results) == 1 else tuple(outputs[name] for name in results)
-
-
-def _differentiated(args: tuple[Any, ...]) -> bool:
-    """True if a gradient is to be recorded or, in forward mode, has to be refused."""
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return True
-    return forward_ad._current_level >= 0

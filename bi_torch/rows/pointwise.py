@@ -129,7 +129,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
     tables = []
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor("rotary_embedding", name, table, like=x)
-        if torch.broadcast_shapes(table.shape, x1.shape) != x1.shape:
+        if table.dim() > x1.dim() or any(n not in (1, m) for n, m in zip(table.shape[::-1], x1.shape[::-1], strict=False)):
             raise RuntimeError(f"bi_torch.rotary_embedding: {name} must broadcast to {list(x1.shape)}, got {list(table.shape)}")
         tables.append(_one_row(table.detach().expand(x1.shape)))
     y1, y2 = (y.reshape(x1.shape) for y in _rotary(_one_row(x1), _one_row(x2), *tables, x.dtype))

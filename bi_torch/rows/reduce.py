@@ -98,11 +98,14 @@ def amin(input: Tensor, dim: Dims = (), keepdim: bool = False) -> Tensor:
     return _extreme("amin", _amin, input, dim, keepdim)
 
 
-def var(input: Tensor, dim: Dims = None, *, correction: float = 1, keepdim: bool = False) -> Tensor:
-    """The squared differences from the mean over `dim`, summed and divided by max(0, number of elements - correction)."""
+def var(input: Tensor, dim: Dims = None, *, correction: float | None = 1, keepdim: bool = False) -> Tensor:
+    """The squared differences from the mean over `dim`, summed and divided by max(0, number of elements - correction).
+
+    A correction of None is 1, as in torch.var.
+    """
     check_tensor("var", "input", input)
     dims = dims_of("var", input, dim)
-    y, _ = _var(to_rows(input, dims), float(correction), input.dtype)
+    y, _ = _var(to_rows(input, dims), 1.0 if correction is None else float(correction), input.dtype)
     return reduced(y, input, dims, keepdim)
 
 
