@@ -1,7 +1,7 @@
 """Device time per call, measured in the same way for PyTorch and JAX.
 
 A program is one host call that queues a call for each of several tuples of arguments: a CUDA graph in PyTorch, one jitted
-function in JAX. Programs are queued back to back and the host waits once, so that the device never waits for the host; the time that
+function in JAX. Programs are queued back to back and the host waits once, so that the device never waits for it; the time that
 a long queue takes beyond a short one, divided by the calls between them, is the time per call: what it costs to fill the
 queue and to notice its end drops out. Arguments that rotate, and together exceed the L2 cache, are read from memory, as a
 model reads its weights. Columns take turns, so that a change of the clock rate hits all of them.
@@ -46,7 +46,17 @@ def torch_program(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
 
 
 def jax_program(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Program:
-    """call(*args) for all `arguments`, as one jitted function that returns one number of every result.
+    """call(*args) for all `arguments`, as one jitted function."""
+    return compiled_program(jax_compiled(call, arguments), arguments)
+
+
+def compiled_program(compiled: jax.stages.Compiled, arguments: Sequence[tuple[Any, ...]]) -> Program:
+    """What `jax_compiled` made, on the arrays `arguments`."""
+    return Program(len(arguments), lambda: compiled(arguments), jax.block_until_ready)
+
+
+def jax_compiled(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> jax.stages.Compiled:
+    """call(*args) for all `arguments`, arrays or their shapes, as one function that returns one number of every result.
 
     So the results stay inside the program, as a model's activations do; with an output for each, XLA would spend its time
     on allocating them. The numbers are gathered by one small kernel a program.
@@ -57,8 +67,7 @@ def jax_program(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) 
         results = jax.tree.leaves([once(*args) for args in arguments])
         return jnp.stack([x[(0,) * x.ndim].astype(jnp.float32) for x in results])
 
-    compiled = jax.jit(program).lower(arguments).compile()
-    return Program(len(arguments), lambda: compiled(arguments), jax.block_until_ready)
+    return jax.jit(program).lower(arguments).compile()
 
 
 def microseconds(programs: dict[str, Program], *, seconds: float = 0.01, repeats: int = 5) -> dict[str, float]:

@@ -1,10 +1,11 @@
-"""Run the GEMM contract on this machine's hardware and compare every bit: `python -m bi_jax.verify`.
+"""Run the contracts on this machine's hardware and compare every bit: `python -m bi_jax.verify`.
 
 Run it after a change of GPU, driver or compiler. The exit status is 1 if a bit differs from the reference model.
 """
 
 import os
 import sys
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -12,9 +13,11 @@ import jaxlib
 import numpy as np
 
 import bi_jax
+from bi_jax.rows import primitive
 from shared_specs import verification
 from shared_specs.formats import FloatFormat, float_format
-from shared_specs.verification import Case, Engine, Operands
+from shared_specs.rows import ColumnProgram
+from shared_specs.verification import Engine, GemmCase, Operands, RowCase
 
 CPU_EVERY = 5
 """The part of the cases that a CPU runs by default: JAX compiles every shape, for a second or so on two cores."""
@@ -26,14 +29,15 @@ def engine(device: jax.Device, every: int | None = None) -> Engine:
     return Engine(
         name="mosaic" if on_gpu else "jax cpu",
         environment={"device": device.device_kind, "jax": jax.__version__, "jaxlib": jaxlib.__version__},
-        run=lambda case, operands: run(case, operands, device),
+        gemm=lambda case, operands: run_gemm(case, operands, device),
+        rows=lambda case, inputs: run_rows(case, inputs, device),
         large=on_gpu,
         every=every or (1 if on_gpu else CPU_EVERY),
         jobs=os.cpu_count() or 1,
     )
 
 
-def run(case: Case, operands: Operands, device: jax.Device) -> np.ndarray:
+def run_gemm(case: GemmCase, operands: Operands, device: jax.Device) -> np.ndarray:
     """The op of `case`, jitted for `device`, bits in and bits out."""
     fmt = float_format(case.operand)
     a, b = _array(operands.a, fmt, device), _array(operands.b, fmt, device)
@@ -46,6 +50,19 @@ def run(case: Case, operands: Operands, device: jax.Device) -> np.ndarray:
     else:
         result = jax.jit(op)(a, b)
     return np.asarray(result).view(float_format(case.out).storage)
+
+
+def run_rows(case: RowCase, inputs: Mapping[str, np.ndarray], device: jax.Device) -> dict[str, np.ndarray]:
+    """The program of `case`, jitted for `device`, bits in and bits out."""
+    program = case.spec()
+    arrays = {}
+    for name, x in inputs.items():
+        ids = x.dtype == np.int32
+        fmt = float_format("float32" if name in program.rows else case.dtype)
+        arrays[name] = jax.device_put(x, device) if ids else _array(x, fmt, device)
+    execute = primitive.run_columns if isinstance(program, ColumnProgram) else primitive.run_rows
+    results = jax.jit(lambda arrays: execute(program, arrays, case.scalars(), case.out_dtypes()))(arrays)
+    return {name: np.asarray(results[name]).view(float_format(dtype).storage) for name, dtype in case.out_dtypes().items()}
 
 
 def _array(bits: np.ndarray, fmt: FloatFormat, device: jax.Device) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The check behind `python -m bi_torch.verify` and `python -m bi_jax.verify`: an engine against the reference model.
+"""GEMM cases.
 
 A case is one call of one public op. Its rows of A and columns of B cycle through every kind of `shared_specs.inputs`, so
 that each case holds random values beside wide exponents, cancellation, subnormals, infinities, NaN and random bits. Small
@@ -6,12 +6,8 @@ cases are compared in full; large ones, which only a GPU runs, in a sample of ro
 nothing but its row, its column and its bias.
 """
 
-import argparse
-import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -78,7 +74,7 @@ SAMPLE = 12
 
 
 @dataclass(frozen=True)
-class Case:
+class GemmCase:
     """One call: op(A [batch, m, k], B [batch, k, n]); ops without a batch have batch = 1."""
 
     op: Op
@@ -93,6 +89,11 @@ class Case:
     seed: int
     sampled: bool = False
 
+    @property
+    def group(self) -> tuple[str, str]:
+        """The line of the report that the case belongs to."""
+        return self.op, self.operand
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -103,51 +104,7 @@ class Operands:
     bias: np.ndarray | None
 
 
-@dataclass(frozen=True)
-class Engine:
-    """What is verified.
-
-    Attributes:
-        name: what runs the ops, such as "triton".
-        environment: device and versions, for the report.
-        run: the op of a case on its operands; returns the output's bits.
-        large: run the large cases too.
-        every: of the small cases, take every `every`-th.
-        jobs: cases in flight, where calls spend their time in a compiler.
-    """
-
-    name: str
-    environment: dict[str, str]
-    run: Callable[[Case, Operands], np.ndarray]
-    large: bool
-    every: int = 1
-    jobs: int = 1
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one case came out."""
-
-    case: Case
-    outputs: int
-    differing_outputs: int
-    differing_bits: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """All cases of one op and dtype."""
-
-    op: str
-    dtype: str
-    engine: str
-    cases: int
-    outputs: int
-    differing_outputs: int
-    differing_bits: int
-
-
-def cases(*, large: bool, every: int = 1) -> Iterator[Case]:
+def cases(*, large: bool, every: int = 1) -> Iterator[GemmCase]:
     """Every case, or of the small ones every `every`-th, in a fixed order."""
     for operand, fmt in FORMATS.items():
         for i in range(0, SMALL_CASES_PER_DTYPE, every):
@@ -159,13 +116,13 @@ def cases(*, large: bool, every: int = 1) -> Iterator[Case]:
             while batch * m * n * k > MULTIPLY_ADDS[fmt.bits]:
                 m, n = (m, -(-n // 2)) if n > m else (-(-m // 2), n)
             alpha, beta = SCALES[i % len(SCALES)] if op in ("addmm", "baddbmm") else (1.0, 1.0)
-            yield Case(op, operand, operand if i // len(OPS) % 2 else "float32", batch, m, n, k, alpha, beta, seed=i)
+            yield GemmCase(op, operand, operand if i // len(OPS) % 2 else "float32", batch, m, n, k, alpha, beta, seed=i)
         if large:
             for i, (m, n, k) in enumerate(LARGE):
-                yield Case(("mm", "linear")[i % 2], operand, operand, 1, m, n, k, 1.0, 1.0, seed=1000 + i, sampled=True)
+                yield GemmCase(("mm", "linear")[i % 2], operand, operand, 1, m, n, k, 1.0, 1.0, seed=1000 + i, sampled=True)
 
 
-def operands(case: Case) -> Operands:
+def operands(case: GemmCase) -> Operands:
     """The operands of `case`, the same on every machine."""
     fmt = float_format(case.operand)
     pairs = [_mixed(case.m, case.k, case.n, fmt, 1000 * case.seed + i) for i in range(case.batch)]
@@ -179,10 +136,14 @@ def operands(case: Case) -> Operands:
     return Operands(a, b.T.copy() if case.op == "linear" else b, bias)
 
 
-def check(engine: Engine, case: Case) -> Outcome:
-    """Run `case` on the engine and on the reference model, and count what differs."""
+Run = Callable[[GemmCase, Operands], np.ndarray]
+"""An engine: the op of a case on its operands; returns the output's bits."""
+
+
+def compare(case: GemmCase, run: Run) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(actual, expected) bits of the output, or of a sample of it."""
     args = operands(case)
-    actual = engine.run(case, args)
+    actual = run(case, args)
     a, b, bias = args.a, args.b.T if case.op == "linear" else args.b, args.bias
     out_format = float_format(case.out)
     shape = (*a.shape[:-1], b.shape[-1])
@@ -193,72 +154,7 @@ def check(engine: Engine, case: Case) -> Outcome:
         a, b, actual = a[rows], b[:, columns], actual[np.ix_(rows, columns)]
         bias = None if bias is None else bias[columns]
     contract = gemm_contract(case.operand)
-    expected = gemm(a, b, contract, bias_bits=bias, alpha=case.alpha, beta=case.beta, out_format=out_format)
-    flipped = actual ^ expected
-    return Outcome(case, expected.size, int(np.count_nonzero(flipped)), int(np.bitwise_count(flipped).sum(dtype=np.int64)))
-
-
-def summarise(engine: Engine, outcomes: Sequence[Outcome]) -> list[Row]:
-    """One row for each op and dtype, in the order of the cases."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        groups.setdefault((outcome.case.op, outcome.case.operand), []).append(outcome)
-    return [
-        Row(
-            op,
-            dtype,
-            engine.name,
-            len(group),
-            sum(o.outputs for o in group),
-            sum(o.differing_outputs for o in group),
-            sum(o.differing_bits for o in group),
-        )
-        for (op, dtype), group in groups.items()
-    ]
-
-
-def command_line(prog: str, description: str) -> argparse.ArgumentParser:
-    """The options that both frameworks' commands share."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
-    parser.add_argument("--every", type=int, metavar="N", help="run every N-th small case")
-    return parser
-
-
-def main(engine: Engine, json_file: Path | None) -> int:
-    """Verify with a progress bar, print the table, write the JSON; 1 if a bit differs, else 0."""
-    from rich.console import Console  # the one place that prints: the specs themselves need NumPy alone
-    from rich.progress import track
-    from rich.table import Table
-
-    console = Console()
-    console.print(*(f"{key}: {value}" for key, value in engine.environment.items()), sep="\n", highlight=False)
-    todo = list(cases(large=engine.large, every=engine.every))
-    with ThreadPoolExecutor(engine.jobs) as pool:
-        in_flight = pool.map(lambda case: check(engine, case), todo)
-        outcomes = list(track(in_flight, "verifying", total=len(todo), console=console, transient=True))
-
-    rows = summarise(engine, outcomes)
-    table = Table()
-    for name in ("op", "dtype", "engine"):
-        table.add_column(name)
-    for name in ("cases", "outputs compared", "differing outputs", "differing bits"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        style = "bold red" if row.differing_bits else None
-        counts = (row.cases, row.outputs, row.differing_outputs, row.differing_bits)
-        table.add_row(row.op, row.dtype, row.engine, *(f"{count:,}" for count in counts), style=style)
-    console.print(table)
-    failures = [o for o in outcomes if o.differing_bits]
-    for failure in failures[:10]:
-        console.print(f"differs: {failure.case}", style="red", highlight=False)
-    total = sum(row.outputs for row in rows)
-    console.print(f"{len(outcomes)} cases, {total:,} outputs, {sum(row.differing_bits for row in rows):,} differing bits")
-    if json_file:
-        contracts = {name: gemm_contract(name).contract_id for name in FORMATS}
-        result = {"environment": engine.environment, "contracts": contracts, "rows": [asdict(row) for row in rows]}
-        json_file.write_text(json.dumps({**result, "failures": [asdict(f) for f in failures]}, indent=1) + "\n")
-    return 1 if failures else 0
+    yield actual, gemm(a, b, contract, bias_bits=bias, alpha=case.alpha, beta=case.beta, out_format=out_format)
 
 
 def _mixed(m: int, k: int, n: int, fmt: FloatFormat, seed: int) -> tuple[np.ndarray, np.ndarray]:

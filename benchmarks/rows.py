@@ -1,0 +1,268 @@
+"""Row operations against PyTorch and against memory bandwidth: `python -m benchmarks.rows`.
+
+Columns are torch eager, torch.compile, ours in PyTorch and ours in JAX. Inputs are shared between the frameworks without a
+copy, and rotated so that no call finds its input in the L2 cache. In brackets: the bytes that an operation must move (every
+input read once, every output written once) over the time, as a share of the rate of a large copy in the same run. Each
+operation has a process of its own; they compile side by side and take turns on the GPU.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# XLA's command buffers are CUDA graphs; as in a graph captured from a stream, one kernel runs after another.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
+
+import jax
+import torch
+import torch.nn.functional as F
+import triton
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import bi_jax
+import bi_torch
+from benchmarks.timing import compiled_program, jax_compiled, microseconds, torch_program
+from benchmarks.turns import in_turns, ready, turn
+from bi_bridge import to_jax
+
+SHAPES = ((16384, 4096), (8192, 8192), (4096, 16384), (2048, 151936), (65536, 128))
+FEW_ROWS = ((1, 4096), (8, 4096), (64, 4096), (1, 151936), (8, 151936), (64, 151936))
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+EAGER, COMPILED, PYTORCH, JAX = "eager", "torch.compile", "bi_torch", "bi_jax"
+L2_MULTIPLE = 4
+"""The inputs of one program take at least this many times the L2 cache, or one call's do."""
+CALLS = 8
+"""Calls of one program, at least, where that is cheap."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation: how torch, bi_torch and bi_jax call it on its inputs.
+
+    Attributes:
+        eager, ours, in_jax: called with the elements, then the ids, then the columns.
+        columns: inputs [cols].
+        elements: inputs [rows, cols].
+        ids: one int32 input [rows].
+        writes: outputs [rows, cols].
+    """
+
+    eager: Callable[..., Any]
+    ours: Callable[..., Any]
+    in_jax: Callable[..., Any]
+    columns: int = 0
+    elements: int = 1
+    ids: bool = False
+    writes: int = 1
+
+    def arguments(self, rows: int, cols: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Fresh inputs: elements [rows, cols], ids [rows], then parameters [cols]."""
+        elements = [torch.empty(rows, cols, device="cuda", dtype=dtype).normal_() for _ in range(self.elements)]
+        ids = [torch.randint(cols, (rows,), device="cuda", dtype=torch.int32)] if self.ids else []
+        parameters = [torch.empty(cols, device="cuda", dtype=dtype).normal_() for _ in range(self.columns)]
+        return (*elements, *ids, *parameters)
+
+    def bytes(self, rows: int, cols: int, itemsize: int) -> int:
+        """Bytes of the large tensors, each counted once."""
+        return (self.elements + self.writes) * rows * cols * itemsize
+
+
+def _token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return F.log_softmax(logits, -1, dtype=torch.float32).gather(-1, ids.long()[:, None])[:, 0]
+
+
+def _fused_add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    h = x + residual
+    return F.rms_norm(h, h.shape[-1:], weight, 1e-6), h
+
+
+OPERATIONS: dict[str, Operation] = {
+    "softmax": Operation(
+        lambda x: F.softmax(x, -1), lambda x: bi_torch.softmax(x, -1), lambda x: bi_jax.softmax(x, -1)
+    ),
+    "log_softmax": Operation(
+        lambda x: F.log_softmax(x, -1), lambda x: bi_torch.log_softmax(x, -1), lambda x: bi_jax.log_softmax(x, -1)
+    ),
+    "token_logprobs": Operation(
+        _token_logprobs, bi_torch.token_logprobs, bi_jax.token_logprobs, ids=True, writes=0
+    ),
+    "logsumexp": Operation(
+        lambda x: torch.logsumexp(x, -1), lambda x: bi_torch.logsumexp(x, -1), lambda x: bi_jax.logsumexp(x, -1), writes=0
+    ),
+    "sum": Operation(lambda x: x.sum(-1), lambda x: bi_torch.sum(x, -1), lambda x: bi_jax.sum(x, -1), writes=0),
+    "rms_norm": Operation(
+        lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-6),
+        lambda x, w: bi_torch.rms_norm(x, x.shape[-1:], w, 1e-6),
+        lambda x, w: bi_jax.rms_norm(x, x.shape[-1:], w, 1e-6),
+        columns=1,
+    ),
+    "fused_add_rms_norm": Operation(
+        _fused_add_rms_norm,
+        lambda x, r, w: bi_torch.fused_add_rms_norm(x, r, w, 1e-6),
+        lambda x, r, w: bi_jax.fused_add_rms_norm(x, r, w, 1e-6),
+        columns=1, elements=2, writes=2,
+    ),
+    "layer_norm": Operation(
+        lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b),
+        lambda x, w, b: bi_torch.layer_norm(x, x.shape[-1:], w, b),
+        lambda x, w, b: bi_jax.layer_norm(x, x.shape[-1:], w, b),
+        columns=2,
+    ),
+    "gelu": Operation(F.gelu, bi_torch.gelu, bi_jax.gelu),
+    "silu_mul": Operation(lambda x, up: F.silu(x) * up, bi_torch.silu_mul, bi_jax.silu_mul, elements=2),
+    "exp": Operation(torch.exp, bi_torch.exp, bi_jax.exp),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Microseconds per call of every column; `copy_us` is what a copy of as many bytes takes."""
+
+    operation: str
+    dtype: str
+    rows: int
+    cols: int
+    copy_us: float
+    microseconds: dict[str, float]
+
+
+def copy_rate() -> float:
+    """Bytes per microsecond, read and written, of a copy of 1 GiB."""
+    source, target = (torch.empty(1 << 30, device="cuda", dtype=torch.int8) for _ in range(2))
+    source.random_()
+    program = torch_program(target.copy_, [(source,)])
+    return 2 * source.numel() / microseconds({"copy": program})["copy"]
+
+
+def measure_operation(
+    name: str, dtype: str, shapes: Sequence[tuple[int, int]], columns: Sequence[str], rate: float
+) -> list[Measurement]:
+    """Every column for one operation and dtype; a process of its own runs this."""
+    operation, itemsize = OPERATIONS[name], DTYPES[dtype].itemsize
+    torch._dynamo.config.cache_size_limit = 64
+    calls = {EAGER: operation.eager, COMPILED: torch.compile(operation.eager, dynamic=False), PYTORCH: operation.ours}
+    contenders = {column: calls[column] for column in calls if column in columns}
+
+    def calls_of(rows: int, cols: int) -> tuple[int, int]:
+        """Calls of a program, and how many of them have inputs of their own."""
+        size = operation.elements * rows * cols * itemsize
+        distinct = min(-(-L2_MULTIPLE * torch.cuda.get_device_properties().L2_cache_size // size), 64)
+        return max(distinct, CALLS if size < 1 << 28 else 1), distinct
+
+    in_jax = {}
+    for shape in shapes:
+        inputs = operation.arguments(*shape, DTYPES[dtype])
+        for call in contenders.values():
+            call(*inputs)  # compiles
+        if JAX in columns:
+            specs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(to_jax, inputs))
+            in_jax[shape] = jax_compiled(operation.in_jax, [specs] * calls_of(*shape)[0])
+        del inputs
+        torch.cuda.empty_cache()
+    ready()
+    measurements = []
+    for shape in shapes:
+        with turn():
+            count, distinct = calls_of(*shape)
+            inputs = [operation.arguments(*shape, DTYPES[dtype]) for _ in range(distinct)]
+            inputs = [inputs[i % distinct] for i in range(count)]
+            programs = {column: torch_program(call, inputs) for column, call in contenders.items()}
+            if JAX in columns:
+                programs[JAX] = compiled_program(in_jax[shape], [tuple(map(to_jax, args)) for args in inputs])
+            copy_us = operation.bytes(*shape, itemsize) / rate
+            measurements.append(Measurement(name, dtype, *shape, copy_us, microseconds(programs, repeats=3)))
+            del programs, inputs
+            torch.cuda.empty_cache()
+    return measurements
+
+
+def table(measurements: Sequence[Measurement]) -> Table:
+    """Microseconds and share of the copy's rate of every column, and how ours compares with the faster of torch's two."""
+    columns = list(measurements[0].microseconds)
+    result = Table(title="microseconds (share of the copy bandwidth)", title_justify="left")
+    for name in ("operation", "dtype", "rows", "columns", *columns):
+        result.add_column(name, justify="left" if name in ("operation", "dtype") else "right")
+    for m in measurements:
+        cells = [f"{us:.1f} ({m.copy_us / us:.2f})" for us in m.microseconds.values()]
+        result.add_row(m.operation, m.dtype, str(m.rows), str(m.cols), *cells)
+    return result
+
+
+def write_plot(path: Path, measurements: Sequence[Measurement], title: str) -> None:
+    """Share of the copy bandwidth: one panel an operation and dtype, a group of bars a shape."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = list(dict.fromkeys((m.operation, m.dtype) for m in measurements))
+    columns = list(measurements[0].microseconds)
+    wide = min(2, len(panels))
+    figure, axes = plt.subplots(-(-len(panels) // wide), wide, figsize=(7 * wide, 2.6 * -(-len(panels) // wide)),
+                                layout="constrained", squeeze=False)  # fmt: skip
+    for panel, ax in zip(panels, axes.flat, strict=False):
+        inside = [m for m in measurements if (m.operation, m.dtype) == panel]
+        for i, column in enumerate(columns):
+            places = [j + 0.8 * (i + 0.5) / len(columns) - 0.4 for j in range(len(inside))]
+            ax.bar(places, [m.copy_us / m.microseconds[column] for m in inside], 0.8 / len(columns), label=column)
+        ax.axhline(1, color="black", linewidth=0.8)
+        ax.set_xticks(range(len(inside)), [f"{m.rows}x{m.cols}" for m in inside], fontsize=7)
+        ax.set_title(" ".join(panel), fontsize=9)
+    axes[0, 0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rows", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--ops", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), metavar="OP", help=", ".join(OPERATIONS)
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--few", action="store_true", help="1 to 64 rows instead of many")
+    columns = (EAGER, COMPILED, PYTORCH, JAX)
+    parser.add_argument("--columns", nargs="+", choices=columns, default=columns, metavar="COLUMN", help=", ".join(columns))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the shares of the copy bandwidth")
+    args = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if not torch.cuda.is_available():
+        console.print("benchmarks.rows compares GPU kernels and PyTorch sees no GPU")
+        return 2
+
+    rate = copy_rate()
+    facts = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "jax": jax.__version__,
+        "copy": f"{rate / 1e6:.2f} TB/s",
+    }  # fmt: skip
+    console.print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", highlight=False)
+    calls = [(op, dtype, FEW_ROWS if args.few else SHAPES, args.columns, rate) for op in args.ops for dtype in args.dtypes]
+    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bars, console=console, transient=True) as progress:
+        results = progress.track(in_turns(measure_operation, calls), total=len(calls), description="operations")
+        measurements = [m for result in results for m in result]
+    order = {(op, dtype): i for i, (op, dtype, *_) in enumerate(calls)}
+    measurements.sort(key=lambda m: order[m.operation, m.dtype])
+    console.print(table(measurements))
+    if args.json:
+        data = {"environment": facts, "measurements": [asdict(m) for m in measurements]}
+        args.json.write_text(json.dumps(data, indent=1) + "\n")
+    if args.plot:
+        write_plot(args.plot, measurements, f"share of the copy bandwidth, {', '.join(facts.values())}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
