@@ -1,10 +1,8 @@
 """The GEMM contract in jax.numpy, for computations lowered for a CPU.
 
-XLA flushes float32 subnormals, contracts products with sums and rewrites chains of constants, differently in every
-surrounding program. None of that reaches the bits here: all values are float64 or integers, every float64 operation of a
-dot instruction is exact (products of operands, scalings by powers of two, sums of integers below 2**53), and truncation
-and rounding act on the integers that the float64 bits are. Operands become integers before anything moves them: XLA
-pads a bfloat16 array by way of float32, and flushes on the way.
+All values are float64 or integers (`bi_jax.float64` says why). Every float64 operation of a dot instruction is exact
+(products of operands, scalings by powers of two, sums of integers below 2**53), and truncation acts on the integers that
+the float64 bits are.
 """
 
 import functools
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bi_jax.float64 import decode, encode, round32, round_to, storage_bits
 from bi_jax.gemm.split import split
 from shared_specs.contract import DotArithmetic, GemmContract
 from shared_specs.formats import FLOAT32, FloatFormat, float_format
@@ -58,17 +57,18 @@ def gemm(
         by_alpha, by_beta = (np.float64(np.float32(x)) for x in (alpha, beta))
     with jax.enable_x64(True):
         # A float32 product is exact in float64, and 53 bits are enough (2 * 24 + 2) for rounding a sum twice to be harmless.
-        result = _round(_accumulate(_bits(a), _bits(b), contract) * by_alpha)
+        result = round32(_accumulate(storage_bits(a), storage_bits(b), contract) * by_alpha)
         if bias is not None and by_beta != 0:
-            result = _round(result + _round(_decode(_bits(bias), float_format(bias.dtype.name)) * by_beta))
-        return lax.bitcast_convert_type(_encode(result, float_format(jnp.dtype(out_dtype).name)), out_dtype)
+            result = round32(result + round32(decode(storage_bits(bias), float_format(bias.dtype.name)) * by_beta))
+        fmt = float_format(jnp.dtype(out_dtype).name)
+        return lax.bitcast_convert_type(encode(round_to(result, fmt), fmt), out_dtype)
 
 
 def _accumulate(a: jax.Array, b: jax.Array, contract: GemmContract) -> jax.Array:
     """The float32 accumulators, as float64: the leaves of K and the tree over adjacent pairs of them."""
     leaves = [_leaf(a[..., lo:hi], b[:, lo:hi], contract) for lo, hi in contract.leaf_bounds(a.shape[2])]
     while len(leaves) > 1:
-        leaves = [_round(x + y) for x, y in zip(leaves[::2], leaves[1::2], strict=True)]
+        leaves = [round32(x + y) for x, y in zip(leaves[::2], leaves[1::2], strict=True)]
     return leaves[0]
 
 
@@ -127,20 +127,21 @@ def _split_chain(a: jax.Array, b: jax.Array, contract: GemmContract) -> jax.Arra
 
     def parts(bits: jax.Array, i: jax.Array, axis: int, order: Sequence[int]) -> jax.Array:
         chunk = lax.dynamic_slice_in_dim(bits, i * rule.promote_k, rule.promote_k, axis)
-        cut = lax.optimization_barrier([_bits(part) for part in split(lax.bitcast_convert_type(chunk, jnp.float32), rule)])
+        values = lax.bitcast_convert_type(chunk, jnp.float32)
+        cut = lax.optimization_barrier([storage_bits(part) for part in split(values, rule)])
         return lax.optimization_barrier(jnp.concatenate([cut[part] for part in order], axis))
 
     def promote(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         high, cross = totals
         x, y = parts(a, i, 2, [p for p, _ in products]), parts(b, i, 1, [p for _, p in products])
         cross_chain, high_chain = lax.map(lambda ends: _steps(x, y, ends[0], ends[1], dot, float_format(rule.part)), chains)
-        total = _round(high + high_chain)
-        error = _round(high_chain - _round(total - high))
-        return total, _round(cross + _round(cross_chain + error))
+        total = round32(high + high_chain)
+        error = round32(high_chain - round32(total - high))
+        return total, round32(cross + round32(cross_chain + error))
 
     zeros = jnp.zeros((a.shape[0], a.shape[1], b.shape[2]), jnp.float64)
     high, cross = lax.fori_loop(0, a.shape[2] // rule.promote_k, promote, (zeros, zeros))
-    return jnp.where(jnp.isfinite(high), _round(high + cross), high)
+    return jnp.where(jnp.isfinite(high), round32(high + cross), high)
 
 
 def _steps(
@@ -154,7 +155,7 @@ def _steps(
         x = lax.dynamic_slice_in_dim(a, i * dot.k, dot.k, axis=2)
         y = lax.dynamic_slice_in_dim(b, i * dot.k, dot.k, axis=1)
         # Behind the barrier the slices are decoded once, not once for every output that reads them.
-        decoded = lax.optimization_barrier((_decode(x, fmt), _exponent(x, fmt), _decode(y, fmt), _exponent(y, fmt)))
+        decoded = lax.optimization_barrier((decode(x, fmt), _exponent(x, fmt), decode(y, fmt), _exponent(y, fmt)))
         x, x_exponent, y, y_exponent = decoded
         return _instruction(acc, x, x_exponent, y, y_exponent, dot)
 
@@ -202,44 +203,8 @@ def _power(exponent: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((exponent + F64_BIAS).astype(jnp.int64) << F64_MANTISSA, jnp.float64)
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.int16 if x.dtype.itemsize == 2 else jnp.int32)
-
-
 def _exponent(bits: jax.Array, fmt: FloatFormat) -> jax.Array:
     """The exponents that the instruction sees, int32: a subnormal has that of the smallest normal."""
     magnitude = bits.astype(jnp.int32) & fmt.nan
     exponent = jnp.maximum(magnitude >> fmt.mantissa_bits, 1) + (fmt.min_exponent - 1)
     return jnp.where(magnitude == 0, ZERO_EXPONENT, exponent)
-
-
-def _decode(bits: jax.Array, fmt: FloatFormat) -> jax.Array:
-    """float64 values."""
-    magnitude = bits.astype(jnp.int32) & fmt.nan
-    field = jnp.maximum(magnitude >> fmt.mantissa_bits, 1)
-    significand = magnitude - ((field - 1) << fmt.mantissa_bits)
-    values = significand.astype(jnp.float64) * _power(field + (fmt.min_exponent - 1 - fmt.mantissa_bits))
-    infinity = ((1 << fmt.exponent_bits) - 1) << fmt.mantissa_bits
-    values = jnp.where(magnitude < infinity, values, jnp.where(magnitude == infinity, jnp.inf, jnp.nan))
-    return jnp.where(bits < 0, -values, values)
-
-
-def _encode(x: jax.Array, fmt: FloatFormat) -> jax.Array:
-    """Bits of float64 values rounded once, to nearest even, to `fmt`; every NaN as the canonical pattern."""
-    bits = lax.bitcast_convert_type(x, jnp.int64)
-    field = _field(x).astype(jnp.int64)
-    smallest = F64_BIAS + fmt.min_exponent
-    significand = (bits & ((1 << F64_MANTISSA) - 1)) | (jnp.minimum(field, 1) << F64_MANTISSA)
-    dropped = F64_MANTISSA - fmt.mantissa_bits + jnp.clip(smallest - field, 0, fmt.mantissa_bits + 2)
-    odd = (significand >> dropped) & 1
-    significand = (significand + (jnp.int64(1) << (dropped - 1)) - 1 + odd) >> dropped
-    # The hidden bit of a normal number adds one to the exponent field, as does a carry.
-    infinity = ((1 << fmt.exponent_bits) - 1) << fmt.mantissa_bits
-    magnitude = jnp.minimum(significand + (jnp.maximum(field - smallest, 0) << fmt.mantissa_bits), infinity)
-    signed = jnp.where(bits < 0, magnitude | (1 << (fmt.bits - 1)), magnitude)
-    return jnp.where(jnp.isnan(x), fmt.nan, signed).astype(fmt.storage)
-
-
-def _round(x: jax.Array) -> jax.Array:
-    """float64 values rounded to nearest even in float32, as float64."""
-    return _decode(_encode(x, FLOAT32).astype(jnp.int32), FLOAT32)

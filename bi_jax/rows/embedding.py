@@ -30,9 +30,9 @@ def embedding(ids: jax.Array, weight: jax.Array, padding_idx: int | None = None)
     rows = weight.shape[0]
     if padding_idx is not None and not -rows <= padding_idx < rows:
         raise ValueError(f"bi_jax.embedding: padding_idx must be within {rows} rows, got {padding_idx}")
-    ids = ids.reshape(ids.size)
-    counted = ids if padding_idx is None else jnp.where(ids == padding_idx % rows, -1, ids)
-    return _embedding(weight.dtype, weight=weight, ids=ids, counted=counted).y.reshape(*ids.shape, weight.shape[1])
+    tokens = ids.reshape(ids.size)
+    counted = tokens if padding_idx is None else jnp.where(tokens == padding_idx % rows, -1, tokens)
+    return _embedding(weight.dtype, weight=weight, ids=tokens, counted=counted).y.reshape(*ids.shape, weight.shape[1])
 
 
 def _lookup(e: SimpleNamespace) -> dict[str, jax.Array]:
