@@ -285,14 +285,17 @@ def _rows_plan(
         return plan
     if n > 2**31 - 1 and _reads(program, "column"):
         raise ValueError(f"{program.name}: rows must not have more than {2**31 - 1} elements, got {n}")
-    schedule = schedule or row_schedule(rows, n, shape.elements)
-    if n <= ROW_CONTRACT.segment and schedule.blocks_per_row > 1:
-        raise ValueError(f"{program.name}: a row of {n} elements has one segment, blocks cannot share it")
     kinds = tuple(reduction.kind for reduction in program.reductions)
     gathered = tuple((program.elements.index(x), program.ids.index(i)) for x, i in program.gathered.values())
     unit = _unit(n, *pitches, *output_pitches)
     strides, output_strides = (tuple(pitch // unit for pitch in of) for of in (pitches, output_pitches))
     vector = _vector(*given[: shape.elements], *(dtype for _, extents, dtype in outputs if len(extents) == 2))
+
+    schedule = schedule or row_schedule(rows, n, shape.elements, vector)
+    if n <= ROW_CONTRACT.segment and schedule.blocks_per_row > 1:
+        raise ValueError(f"{program.name}: blocks share segments, a row of {n} elements has one")
+    if n > ROW_CONTRACT.segment and schedule.block_rows > 1:
+        raise ValueError(f"{program.name}: a block takes one row of more than a segment at a time, got {schedule}")
 
     def tensors(call: _Call) -> tuple[Any, ...]:
         values = tuple(call.outputs.values())

@@ -70,16 +70,20 @@ def is_resident(n: int, schedule: RowSchedule, elements: int) -> bool:
     return schedule.blocks_per_row == 1 and (n <= ROW_CONTRACT.segment or values <= 32 * schedule.warps * MOST_VALUES)
 
 
-def row_schedule(rows: int, n: int, elements: int) -> RowSchedule:
-    """The default schedule for [rows, n] with this many inputs of that shape."""
-    values = power_of_two(n) * power_of_two(elements)
-    block_rows = max(1, 4 * 32 * VALUES // values)
+def row_schedule(rows: int, n: int, elements: int, vector: int) -> RowSchedule:
+    """The default schedule for [rows, n] with this many inputs of that shape, `vector` elements in an access.
+
+    A thread gets `VALUES` elements, but rather more of them than accesses that are narrower than they can be.
+    """
+    elements = power_of_two(elements)
+    block_rows = max(1, 4 * 32 * VALUES // (power_of_two(n) * elements)) if n <= ROW_CONTRACT.segment else 1
     while block_rows > 1 and rows < PROGRAMS * block_rows:
         block_rows //= 2
-    values *= block_rows
-    if values <= MOST_VALUES * 32 * MOST_WARPS:
-        warps = min(MOST_WARPS, max(4, values // (32 * VALUES)))
-        return RowSchedule(block_rows, warps)
+    values = block_rows * power_of_two(n) * elements
+    if values <= 32 * MOST_WARPS * MOST_VALUES:
+        lanes = block_rows * power_of_two(ROW_CONTRACT.segments(n)) * ROW_CONTRACT.lanes_for(n)
+        widest = max(lanes // (32 * vector), values // (32 * MOST_VALUES))
+        return RowSchedule(block_rows, max(4, min(values // (32 * VALUES), widest)))
     return RowSchedule(1, 8, blocks_per_row=max(1, min(ROW_CONTRACT.segments(n), PROGRAMS // max(1, rows))))
 
 

@@ -54,6 +54,19 @@ class TritonArithmetic:
 
     def __init__(self, semantic: Any) -> None:
         self._semantic = semantic
+        self._rounded: list[Any] = []
+
+    def canonical(self, x: Any) -> Any:
+        """x with the one NaN that is stored. The instructions that round give no other; a conversion to 16 bits keeps it."""
+        x = self._float(x)
+        if any(x is value for value in self._rounded):
+            return x
+        return self.select(self.is_nan(x), self.from_bits(_NAN), x)
+
+    def _result(self, x: Any) -> Any:
+        """Remember x as the result of an instruction that rounds."""
+        self._rounded.append(x)
+        return x
 
     def _float(self, x: Any) -> Any:
         """A Python number as float32, anything else as it is."""
@@ -63,22 +76,22 @@ class TritonArithmetic:
         return self._semantic.scalar_constant(i, tl.int32) if isinstance(i, int) else i
 
     def add(self, x: Any, y: Any) -> Any:
-        return self._semantic.add(self._float(x), self._float(y), False)
+        return self._result(self._semantic.add(self._float(x), self._float(y), False))
 
     def sub(self, x: Any, y: Any) -> Any:
-        return self._semantic.sub(self._float(x), self._float(y), False)
+        return self._result(self._semantic.sub(self._float(x), self._float(y), False))
 
     def mul(self, x: Any, y: Any) -> Any:
-        return self._semantic.mul(self._float(x), self._float(y), False)
+        return self._result(self._semantic.mul(self._float(x), self._float(y), False))
 
     def div(self, x: Any, y: Any) -> Any:
-        return tl.math.div_rn(self._float(x), self._float(y), _semantic=self._semantic)
+        return self._result(tl.math.div_rn(self._float(x), self._float(y), _semantic=self._semantic))
 
     def sqrt(self, x: Any) -> Any:
-        return tl.math.sqrt_rn(self._float(x), _semantic=self._semantic)
+        return self._result(tl.math.sqrt_rn(self._float(x), _semantic=self._semantic))
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
-        return tl.math.fma(self._float(x), self._float(y), self._float(z), _semantic=self._semantic)
+        return self._result(tl.math.fma(self._float(x), self._float(y), self._float(z), _semantic=self._semantic))
 
     def neg(self, x: Any) -> Any:
         return self.from_bits(self.int_xor(self.bits(x), _SIGN))  # Triton's own -x is 0 - x
@@ -172,6 +185,8 @@ class TritonArithmetic:
 def evaluate(formulas, group, index, values, row_values, reduced, column, shape, _semantic=None):
     """Formula number `index` of "reductions", "outputs", "row_outputs" or "sums", broadcast to `shape`.
 
+    Outputs have the one NaN that is stored.
+
     Args:
         formulas: `Formulas`.
         group, index: which formula.
@@ -193,7 +208,9 @@ def evaluate(formulas, group, index, values, row_values, reduced, column, shape,
     formula = reductions[index].of if group == "reductions" else list(getattr(program, group).values())[index]
     f = TritonArithmetic(_semantic)
     shape = [int(extent.value) if isinstance(extent, tl.constexpr) else int(extent) for extent in shape]
-    return _semantic.broadcast_impl_shape(f._float(formula(f, e)), shape)
+    value = formula(f, e)
+    value = f.canonical(value) if group.endswith("outputs") else f._float(value)
+    return _semantic.broadcast_impl_shape(value, shape) if shape else value
 
 
 def cell_names(program):
@@ -234,6 +251,5 @@ def rescaled(segment_max, segment_sum, row_max, _semantic=None):
 
 @builtin
 def canonical(x, _semantic=None):
-    """x with the one NaN that is stored; a conversion to 16 bits keeps it as theirs."""
-    f = TritonArithmetic(_semantic)
-    return f.select(f.is_nan(x), f.from_bits(_NAN), x)
+    """x with the one NaN that is stored."""
+    return TritonArithmetic(_semantic).canonical(x)

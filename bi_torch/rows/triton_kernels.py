@@ -107,7 +107,16 @@ def _extreme(x, KIND: tl.constexpr):
 
 @triton.jit
 def _store(pointer, value, mask):
-    tl.store(pointer, canonical(value).to(pointer.dtype.element_ty), mask=mask)
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _per_row(x):
+    """A number for each row of a block, [BLOCK_ROWS] or a scalar, in a shape that broadcasts to a tile's."""
+    if len(x.shape) == 0:
+        return x
+    else:
+        return x[:, None, None]
 
 
 @triton.jit
@@ -127,17 +136,17 @@ def _row_values(row, pointers, rows, ids, scalars, integers, N, GATHERED: tl.con
     """
     values = ()
     for i in tl.static_range(len(rows)):
-        values = values + (tl.load(rows[i] + row)[:, None, None],)
+        values = values + (_per_row(tl.load(rows[i] + row)),)
     for i in tl.static_range(len(ids)):
         # An id that no int32 holds is none of the row's.
         wide = tl.load(ids[i] + row).to(tl.int64)
-        values = values + (tl.minimum(tl.maximum(wide, -(2**31)), 2**31 - 1).to(tl.int32)[:, None, None],)
+        values = values + (_per_row(tl.minimum(tl.maximum(wide, -(2**31)), 2**31 - 1).to(tl.int32)),)
     values = values + scalars + integers
     for i in tl.static_range(len(GATHERED)):
         column = tl.load(ids[GATHERED[i][1]] + row).to(tl.int64)
         inside = (column >= 0) & (column < N)
         chosen = tl.load(pointers[GATHERED[i][0]] + tl.where(inside, column, 0), mask=inside, other=float("nan"))
-        values = values + (chosen.to(tl.float32)[:, None, None],)
+        values = values + (_per_row(chosen.to(tl.float32)),)
     return values + (N.to(tl.float32),)
 
 
@@ -148,44 +157,46 @@ def _column(base, chunk: tl.constexpr, piece: tl.constexpr, LANES: tl.constexpr,
 
 
 @triton.jit
-def _load(pointers, columns, base, N, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr):
-    """Tiles piece by piece and, in a piece, chunk by chunk: a tuple of what is read for each, as float32."""
+def _load_tile(pointers, column, N, MASKED: tl.constexpr, EVICTION: tl.constexpr):
+    """What is read at every pointer for some columns, as float32."""
+    tile = ()
+    for i in tl.static_range(len(pointers)):
+        if MASKED:
+            value = tl.load(_per_row(pointers[i]) + column, mask=column < N, other=0.0, eviction_policy=EVICTION)
+        else:
+            value = tl.load(_per_row(pointers[i]) + column, eviction_policy=EVICTION)
+        tile = tile + (value.to(tl.float32),)
+    return tile
+
+
+@triton.jit
+def _load(
+    pointers, base, N, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
+    EVICTION: tl.constexpr,
+):  # fmt: skip
+    """Tiles piece by piece and, in a piece, chunk by chunk."""
     tiles = ()
     for piece in tl.static_range(LANES // PIECE):
         for chunk in tl.static_range(CHUNKS):
-            column = _column(base, chunk, piece, LANES, PIECE)
-            tile = ()
-            for i in tl.static_range(len(pointers)):
-                if chunk >= FULL:
-                    value = tl.load(pointers[i][:, None, None] + column, mask=column < N, other=0.0)
-                else:
-                    value = tl.load(pointers[i][:, None, None] + column)
-                tile = tile + (value.to(tl.float32),)
-            for i in tl.static_range(len(columns)):
-                if chunk >= FULL:
-                    value = tl.load(columns[i] + column, mask=column < N, other=0.0)
-                else:
-                    value = tl.load(columns[i] + column)
-                tile = tile + (value.to(tl.float32),)
-            tiles = tiles + (tile,)
+            tiles = tiles + (_load_tile(pointers, _column(base, chunk, piece, LANES, PIECE), N, chunk >= FULL, EVICTION),)
     return tiles
 
 
 @triton.jit
 def _segment_results(
-    FORMULAS: tl.constexpr, INDEX: tl.constexpr, tiles, row_values, reduced, base, N,
+    FORMULAS: tl.constexpr, INDEX: tl.constexpr, tiles, columns, row_values, reduced, base, N,
     BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """What reduction INDEX makes of each segment: a tuple of [BLOCK_ROWS, SEGMENTS, 1]."""
     KIND: tl.constexpr = kind_of(FORMULAS, INDEX)
     SHAPE: tl.constexpr = (BLOCK_ROWS, base.shape[1], PIECE)
+    shared = _load(columns, base, N, CHUNKS, LANES, PIECE, FULL, "evict_last")
     values = ()
     for piece in tl.static_range(LANES // PIECE):
         for chunk in tl.static_range(CHUNKS):
             column = _column(base, chunk, piece, LANES, PIECE)
-            value = evaluate(
-                FORMULAS, "reductions", INDEX, tiles[piece * CHUNKS + chunk], row_values, reduced, column.to(tl.int32), SHAPE
-            )
+            tile = tiles[piece * CHUNKS + chunk] + shared[piece * CHUNKS + chunk]
+            value = evaluate(FORMULAS, "reductions", INDEX, tile, row_values, reduced, column.to(tl.int32), SHAPE)
             if chunk >= FULL:
                 value = tl.where(column < N, value, _fill(KIND))
             values = values + (value,)
@@ -216,16 +227,26 @@ def _lane_sums(values, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _row_result(KIND: tl.constexpr, results):
-    """The segments' results [A, 1, SEGMENTS] as the row's: a tuple of [A, 1, 1]."""
+    """The segments' results [A, 1, SEGMENTS] as the row's: a tuple of [A, 1, 1].
+
+    The result of one row is a scalar. It must have no layout: Triton might give it to the tiles that it is broadcast to.
+    """
     if results[0].shape[2] == 1:
-        return results
+        combined = results
     elif KIND == "sum":
-        return (_tree(results[0]),)
+        combined = (_tree(results[0]),)
     elif KIND == "sum_exp":
         maximum = _extreme(results[0], KIND)
-        return maximum, _tree(rescaled(results[0], results[1], maximum))
+        combined = (maximum, _tree(rescaled(results[0], results[1], maximum)))
     else:
-        return (_extreme(results[0], KIND),)
+        combined = (_extreme(results[0], KIND),)
+    if results[0].shape[0] == 1:
+        scalars = ()
+        for i in tl.static_range(len(combined)):
+            scalars = scalars + (tl.reshape(tl.reshape(combined[i], [1]), []),)
+        return scalars
+    else:
+        return combined
 
 
 @triton.jit
@@ -239,40 +260,55 @@ def _transposed(results):
 
 @triton.jit
 def _store_outputs(
-    FORMULAS: tl.constexpr, outputs, tiles, row_values, reduced, base, row, R, N,
+    FORMULAS: tl.constexpr, outputs, tiles, columns, row_values, reduced, base, row, R, N,
     BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Every output of the program for the columns of the tiles."""
+    """Every output of the program for the columns of the tiles.
+
+    Inputs [N] are read again, one tile ahead of their use, rather than held in registers since the reductions.
+    """
     SHAPE: tl.constexpr = (BLOCK_ROWS, base.shape[1], PIECE)
+    following = _load_tile(columns, _column(base, 0, 0, LANES, PIECE), N, FULL == 0, "evict_last")
     for piece in tl.static_range(LANES // PIECE):
         for chunk in tl.static_range(CHUNKS):
             column = _column(base, chunk, piece, LANES, PIECE)
-            for i in tl.static_range(len(outputs)):
-                value = evaluate(
-                    FORMULAS, "outputs", i, tiles[piece * CHUNKS + chunk], row_values, reduced, column.to(tl.int32), SHAPE
+            tile = tiles[piece * CHUNKS + chunk] + following
+            if chunk + 1 < CHUNKS:
+                following = _load_tile(
+                    columns, _column(base, chunk + 1, piece, LANES, PIECE), N, chunk + 1 >= FULL, "evict_last"
                 )
+            elif piece + 1 < LANES // PIECE:
+                following = _load_tile(columns, _column(base, 0, piece + 1, LANES, PIECE), N, FULL == 0, "evict_last")
+            for i in tl.static_range(len(outputs)):
+                value = evaluate(FORMULAS, "outputs", i, tile, row_values, reduced, column.to(tl.int32), SHAPE)
                 if chunk >= FULL:
                     if BLOCK_ROWS == 1:
-                        _store(outputs[i][:, None, None] + column, value, column < N)
+                        _store(_per_row(outputs[i]) + column, value, column < N)
                     else:
-                        _store(outputs[i][:, None, None] + column, value, (row < R)[:, None, None] & (column < N))
+                        _store(_per_row(outputs[i]) + column, value, _per_row(row < R) & (column < N))
                 elif BLOCK_ROWS == 1:
-                    _store(outputs[i][:, None, None] + column, value, None)
+                    _store(_per_row(outputs[i]) + column, value, None)
                 else:
-                    _store(outputs[i][:, None, None] + column, value, (row < R)[:, None, None])
+                    _store(_per_row(outputs[i]) + column, value, _per_row(row < R))
 
 
 @triton.jit
 def _store_row_outputs(FORMULAS: tl.constexpr, row_outputs, row_values, reduced, row, R, BLOCK_ROWS: tl.constexpr):
     for i in tl.static_range(len(row_outputs)):
-        value = evaluate(FORMULAS, "row_outputs", i, (), row_values, reduced, None, (BLOCK_ROWS, 1, 1))
-        _store(row_outputs[i] + row, tl.reshape(value, [BLOCK_ROWS]), row < R)
+        if BLOCK_ROWS == 1:
+            _store(row_outputs[i] + row, evaluate(FORMULAS, "row_outputs", i, (), row_values, reduced, None, ()), None)
+        else:
+            value = evaluate(FORMULAS, "row_outputs", i, (), row_values, reduced, None, (BLOCK_ROWS, 1, 1))
+            _store(row_outputs[i] + row, tl.reshape(value, [BLOCK_ROWS]), row < R)
 
 
 @triton.jit
 def _rows(block, BLOCK_ROWS: tl.constexpr):
-    """The numbers of a block's rows."""
-    return block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    """The numbers of a block's rows: [BLOCK_ROWS], or a scalar where that is 1."""
+    if BLOCK_ROWS == 1:
+        return block.to(tl.int64)
+    else:
+        return block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
 
 
 @triton.jit
@@ -287,14 +323,18 @@ def _resident(
     row = _rows(block, BLOCK_ROWS)
     source = tl.minimum(row, R - 1)
     pointers = _row_pointers(elements, strides, source, UNIT)
-    tiles = _load(pointers, columns, base, N, CHUNKS, LANES, PIECE, FULL)
+    tiles = _load(pointers, base, N, CHUNKS, LANES, PIECE, FULL, "evict_first")
     row_values = _row_values(source, pointers, rows, ids, scalars, integers, N, GATHERED)
     reduced = ()
     for i in tl.static_range(reduction_count(FORMULAS)):
-        results = _segment_results(FORMULAS, i, tiles, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL)
+        results = _segment_results(
+            FORMULAS, i, tiles, columns, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL
+        )
         reduced = reduced + (_row_result(kind_of(FORMULAS, i), _transposed(results)),)
     targets = _row_pointers(outputs, output_strides, row, UNIT)
-    _store_outputs(FORMULAS, targets, tiles, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL)
+    _store_outputs(
+        FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL
+    )
     _store_row_outputs(FORMULAS, row_outputs, row_values, reduced, row, R, BLOCK_ROWS)
 
 
@@ -329,7 +369,7 @@ def _finished(KIND: tl.constexpr, partials, row, count, COUNT: tl.constexpr):
     results = ()
     for i in tl.static_range(len(partials)):
         fill = 0.0 if i == 1 else _fill(KIND)
-        results = results + (tl.load(partials[i] + row[:, None, None] * count + index, mask=index < count, other=fill),)
+        results = results + (tl.load(partials[i] + _per_row(row) * count + index, mask=index < count, other=fill),)
     return _row_result(KIND, results)
 
 
@@ -368,17 +408,31 @@ def rows_staged(
             step = first + end - 1 - index if stage % 2 else index
             segment = step * SEGMENTS + tl.arange(0, SEGMENTS)[None, :, None]
             base = segment.to(INDEX) * SEGMENT
-            tiles = _load(pointers, columns, base, N, CHUNKS, LANES, PIECE, FULL)
+            tiles = _load(pointers, base, N, CHUNKS, LANES, PIECE, FULL, "evict_first")
             if stage < reduction_count(FORMULAS):
                 results = _segment_results(
-                    FORMULAS, stage, tiles, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL
+                    FORMULAS, stage, tiles, columns, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL
                 )
                 for i in tl.static_range(len(results)):
-                    inside = (row < R)[:, None, None] & (segment < segments)
-                    tl.store(partials[stage][i] + row[:, None, None] * segments + segment, results[i], mask=inside)
+                    inside = _per_row(row < R) & (segment < segments)
+                    tl.store(partials[stage][i] + _per_row(row) * segments + segment, results[i], mask=inside)
             else:
                 _store_outputs(
-                    FORMULAS, targets, tiles, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL
+                    FORMULAS,
+                    targets,
+                    tiles,
+                    columns,
+                    row_values,
+                    reduced,
+                    base,
+                    row,
+                    R,
+                    N,
+                    BLOCK_ROWS,
+                    CHUNKS,
+                    LANES,
+                    PIECE,
+                    FULL,
                 )
         if stage < LAST - 1:
             tl.debug_barrier()
@@ -406,11 +460,10 @@ def combine(source, target, count, groups, KIND: tl.constexpr, GROUP: tl.constex
             other = start + tl.arange(0, GROUP)[None, None, :]
             maximum = larger(maximum, tl.load(source[0] + row * count + other, mask=other < count, other=_fill(KIND)))
         maximum = _extreme(maximum, KIND)
-        combined = (maximum, _tree(rescaled(results[0], results[1], maximum)))
-    else:
-        combined = _row_result(KIND, results)
+        results = (maximum, _tree(rescaled(results[0], results[1], maximum)))
+    combined = _row_result(KIND, results)
     for i in tl.static_range(len(source)):
-        tl.store(target[i] + row * groups + group + tl.zeros([1, 1, 1], tl.int32), combined[i])
+        tl.store(target[i] + row * groups + group, combined[i])
 
 
 @triton.jit(do_not_specialize=["integers"])
@@ -481,7 +534,7 @@ def column_sums(
         sums = added
     for i in tl.static_range(len(targets)):
         total = _column_tree(_tree_of(sums[i :: len(targets)]))
-        _store(targets[i] + target.to(tl.int64) * N + column, total, column < N)
+        _store(targets[i] + target.to(tl.int64) * N + column, canonical(total), column < N)
 
 
 @triton.jit(do_not_specialize=["count", "N"], do_not_specialize_on_alignment=["sources", "targets"])
@@ -494,4 +547,4 @@ def column_tree(sources, targets, count, N, GROUP: tl.constexpr, BLOCK_N: tl.con
     for i in tl.static_range(len(sources)):
         inside = (row < count) & (column < N)
         values = tl.load(sources[i] + row.to(tl.int64) * N + column, mask=inside, other=0.0)
-        _store(targets[i] + group.to(tl.int64) * N + column, _column_tree(values), column < N)
+        _store(targets[i] + group.to(tl.int64) * N + column, canonical(_column_tree(values)), column < N)

@@ -2,7 +2,7 @@
 
 The interpreter multiplies bfloat16 bit patterns as integers, truncates where the GPU rounds, rounds an fma twice and
 keeps NaN payloads, drops NaN and the order of zeros in a maximum, reduces element by element, knows no builtins but its own,
-and cannot read a scalar under NumPy 2.5. This module replaces exactly these: a dot is the reference model's chain,
+calls predicates numbers, and cannot read a scalar under NumPy 2.5. This module replaces exactly these: a dot is the reference model's chain,
 conversions round to nearest even, fma, maximum and minimum are those of the reference arithmetic, arithmetic gives the one
 NaN of the GPU, and a reduction halves its axis, after a check that its order cannot matter.
 """
@@ -50,7 +50,7 @@ def interpreted(module: ModuleType) -> ModuleType:
 @contextlib.contextmanager
 def gpu_arithmetic() -> Iterator[None]:
     """Within the context, interpreted kernels compute as an H100 does."""
-    original = InterpreterBuilder.binary_op
+    unary, binary = InterpreterBuilder.unary_op, InterpreterBuilder.binary_op
     patches = {
         "create_dot": _dot,
         "create_fma": lambda self, x, y, z: _float(_F.fma(x.data, y.data, z.data)),
@@ -60,7 +60,8 @@ def gpu_arithmetic() -> Iterator[None]:
         "create_fp_ext": lambda self, src, dst_type: self.cast_impl(src, dst_type),
         "create_fp_trunc": lambda self, src, dst_type: self.cast_impl(src, dst_type),
         "create_fp_to_fp": lambda self, src, dst_type, rounding_mode: self.cast_impl(src, dst_type),
-        "binary_op": lambda self, lhs, rhs, op: _one_nan(original(self, lhs, rhs, op)),
+        "unary_op": lambda self, arg, op: _result(unary(self, arg, op)),
+        "binary_op": lambda self, lhs, rhs, op: _result(binary(self, lhs, rhs, op)),
     }
     index = mock.patch.object(interpreter, "_patch_lang_tensor", _patch_index(interpreter._patch_lang_tensor))
     reduction = mock.patch.object(ReduceOps, "apply_impl", _reduce)
@@ -100,7 +101,7 @@ def _reduce(self: Any, inputs: tuple[tl.tensor, ...]) -> tl.tensor:
 
 
 def _float(data: np.ndarray) -> TensorHandle:
-    return _one_nan(TensorHandle(np.asarray(data), tl.float32))
+    return _result(TensorHandle(np.asarray(data), tl.float32))
 
 
 def _cast(original: Any) -> Any:
@@ -114,7 +115,10 @@ def _cast(original: Any) -> Any:
     return cast
 
 
-def _one_nan(handle: TensorHandle) -> TensorHandle:
+def _result(handle: TensorHandle) -> TensorHandle:
+    """With the one NaN of the GPU; a comparison is labelled as the predicate that it is."""
+    if handle.data.dtype == np.bool_:
+        return TensorHandle(handle.data, tl.int1)
     if handle.data.dtype == np.float32 and (nan := np.isnan(handle.data)).any():
         return TensorHandle(np.where(nan, FLOAT32_NAN.view(np.float32), handle.data), handle.dtype.scalar)
     return handle
