@@ -171,11 +171,10 @@ def test_long_rows(program, monkeypatch):
             assert_same(value, whole[name])
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 1023, 1024, 8191, 8192, 24_577, 70_000])
-@pytest.mark.parametrize("kind", ["normal", "positive", "cancel", "subnormal", "bits"])
-def test_order_of_a_sum(kind, n):
-    for program in (reduce.SUM, reduce.AMAX, softmax.LOGSUMEXP):
-        check(program, draw_inputs(program, 2, n, "float32", kind, n), "float32")
+@pytest.mark.parametrize("n", [2, 3, 1023, 1024, 8191, 8192, 24_577, 70_000])
+def test_order_of_a_sum(n):
+    for program in (reduce.SUM, reduce.AMAX):
+        check(program, every_kind(program, n, "float32"), "float32")
 
 
 @pytest.mark.parametrize("program", COLUMN_PROGRAMS, **by_name)

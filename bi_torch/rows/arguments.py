@@ -64,17 +64,21 @@ def dims_of(op: str, x: Tensor, dim: Dims) -> tuple[int, ...]:
     return tuple(sorted(found)) if x.dim() else ()
 
 
-def to_rows(x: Tensor, dims: Sequence[int]) -> Tensor:
+def to_rows(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """[R, N]: the elements of `dims`, in their order in memory of a contiguous tensor, are a row."""
+    if x.dim() == 2 and dims == (1,):
+        return x
     kept = [d for d in range(x.dim()) if d not in dims]
     shape = math.prod([x.shape[d] for d in kept]), math.prod([x.shape[d] for d in dims])
-    return x.permute([*kept, *dims]).reshape(shape)
-
-
-def from_rows(rows: Tensor, like: Tensor, dims: Sequence[int]) -> Tensor:
-    """The inverse of `to_rows`, with the shape of `like`."""
-    kept = [d for d in range(like.dim()) if d not in dims]
     order = [*kept, *dims]
+    return (x if order == sorted(order) else x.permute(order)).reshape(shape)
+
+
+def from_rows(rows: Tensor, like: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The inverse of `to_rows`, with the shape of `like`."""
+    if like.dim() == 2 and dims == (1,):
+        return rows
+    order = [*(d for d in range(like.dim()) if d not in dims), *dims]
     x = rows.reshape([like.shape[d] for d in order])
     return x if order == sorted(order) else x.permute([order.index(d) for d in range(like.dim())])
 

@@ -5,6 +5,7 @@ it and cannot rewrite it. The families (`softmax`, `norm` and so on) register th
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -146,12 +147,14 @@ def in_place_op(schema: str, program: Callable[[SimpleNamespace], RowProgram]) -
     return overload
 
 
+@cache
 def _cpu() -> ModuleType:
     from bi_torch.rows import cpu
 
     return cpu
 
 
+@cache
 def _cuda() -> ModuleType:
     from bi_torch.rows import cuda  # imports Triton
 
