@@ -5,13 +5,13 @@ kept from the step that computes it for those after it (softmax needs each expon
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 
-from bi_jax.rows.ptx import Level, Listing, Node, needed
+from bi_jax.rows.ptx import Kind, Level, Listing, Node, needed
 from shared_specs import sum_exp
 from shared_specs.rows import ColumnProgram, RowProgram
 
@@ -91,13 +91,14 @@ def row_formulas(program: RowProgram, n: int, one_segment: bool, dtypes: tuple[t
     f = Listing()
     column = f.input("column", Level.ELEMENT, "int")
     e = SimpleNamespace(count=float(np.float32(n)), column=column)
-    for level, kind, names in (
+    inputs: tuple[tuple[Level, Kind, tuple[str, ...]], ...] = (
         (Level.ELEMENT, "float", (*program.elements, *program.columns)),
         (Level.ROW, "float", (*program.rows, *program.gathered)),
         (Level.ROW, "int", program.ids),
         (Level.CALL, "float", program.scalars),
         (Level.CALL, "int", program.integers),
-    ):
+    )
+    for level, kind, names in inputs:
         for name in names:
             setattr(e, name, f.input(name, level, kind))
     stages = []
@@ -149,13 +150,17 @@ def _with_kept(stages: Sequence[Stage], outputs: list[Node]) -> tuple[Stage, ...
     for stage in reversed(stages):
         steps: list[Step] = []
         for step in reversed(stage.steps):
-            computed = set(_element_operations([step.value]))
-            worth = {x for x in computed if x.kind != "bool" and len(_element_operations([x])) >= WORTH_KEEPING}
-            kept = needed(later, lambda x, worth=worth: x in worth or _given(x))[1]
-            steps.insert(0, Step(step.kind, step.value, step.result, tuple(x for x in kept if x in worth)))
+            steps.insert(0, replace(step, kept=_worth_keeping(step.value, later)))
             later = [*later, step.value]
-        result.insert(0, Stage(tuple(steps), stage.combinations))
-    return tuple(result)
+        result.append(replace(stage, steps=tuple(steps)))
+    return tuple(reversed(result))
+
+
+def _worth_keeping(value: Node, later: list[Node]) -> tuple[Node, ...]:
+    """What `value` consists of that takes many operations and that `later` needs."""
+    worth = {x for x in _element_operations([value]) if x.kind != "bool" and len(_element_operations([x])) >= WORTH_KEEPING}
+    _, leaves = needed(later, lambda x: x in worth or _given(x))
+    return tuple(x for x in leaves if x in worth)
 
 
 def _given(node: Node) -> bool:

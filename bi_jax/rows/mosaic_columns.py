@@ -145,10 +145,10 @@ def kernel(plan: ColumnPass, inputs: Sequence[str]) -> Callable[..., list[jax.Ar
         place = Place(plan.n, plan.columns, plan.results, plan.results, end)  # the first of the threads with a column stores
         for name, out, of_lanes in zip(values, outs, zip(*sums, strict=True), strict=True):
             total = _over_threads(plan, combined("sum", of_lanes), scratch)
-            root = so_far[name]
-            chunk = Scope(Level.ELEMENT, lambda node: node, call)
-            chunk.values[root] = total
-            (total,) = chunk.get([f.canonical(root) if last else root], [out_dtypes[name]])
+            result = Scope(Level.ELEMENT, call.load, call)
+            result.values[so_far[name]] = total
+            root = f.canonical(so_far[name]) if last and out_dtypes[name] == "float32" else so_far[name]
+            (total,) = result.get([root], [out_dtypes[name]])
             Store(out_dtypes[name], place, width(out_dtypes[name], plan.n))(out, index, column, total)
 
     return plgpu.kernel(

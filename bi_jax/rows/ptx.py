@@ -196,6 +196,7 @@ def _template(node: Node) -> str:
 def _operand(node: Node, x: Node | float | int | str, names: dict[Node, str]) -> str:
     if isinstance(x, Node):
         return names[x]
+    assert not isinstance(x, str), x
     if isinstance(x, int) and (node.kind == "int" or node.operation in _INTEGER_OPERANDS):
         return str(x)
     pattern = FLOAT32_NAN if math.isnan(x) else struct.unpack("I", struct.pack("f", x))[0]

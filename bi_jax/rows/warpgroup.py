@@ -416,14 +416,14 @@ def _vector(values: Sequence[ir.Value]) -> ir.Value:
 def _bitcast_words(words: list[ir.Value], element: ir.Type) -> ir.Value:
     """Integers as a vector of `element`."""
     vector = _vector(words)
-    count = len(words) * words[0].type.width // utils.bitwidth(element)
+    count = len(words) * utils.bitwidth(words[0].type) // utils.bitwidth(element)
     return llvm.bitcast(ir.VectorType.get((count,), element), vector)
 
 
 def _bitcast_vector(vector: ir.Value, word: ir.Type) -> list[ir.Value]:
     """A vector as integers of the type `word`."""
     kind = ir.VectorType(vector.type)
-    count = kind.shape[0] * utils.bitwidth(kind.element_type) // word.width
+    count = kind.shape[0] * utils.bitwidth(kind.element_type) // utils.bitwidth(word)
     words = llvm.bitcast(ir.VectorType.get((count,), word), vector)
     return [_extract(words, i) for i in range(count)]
 
