@@ -43,15 +43,50 @@ _silu_mul = row_op(
     gradient=lambda s, g: dict(zip(("x", "up"), _silu_mul_backward(s.x, s.up, g.y, s.x.dtype), strict=True)),
 )
 
+_rotary = row_op(
+    "rotary(Tensor x1, Tensor x2, Tensor cos, Tensor sin, ScalarType dtype) -> (Tensor y1, Tensor y2)", programs.ROTARY
+)
 _rotary_backward = row_op(
     "rotary_backward(Tensor g1, Tensor g2, Tensor cos, Tensor sin, ScalarType dtype) -> (Tensor dx1, Tensor dx2)",
     programs.ROTARY_BACKWARD,
 )
-_rotary = row_op(
-    "rotary(Tensor x1, Tensor x2, Tensor cos, Tensor sin, ScalarType dtype) -> (Tensor y1, Tensor y2)",
-    programs.ROTARY,
+
+
+def _turn_by(op: Op, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`op` on the pairs of elements of x, put back in their places."""
+    half = x.shape[-1] // 2
+    x1, x2 = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+    rows = (_one_row(part.expand(x1.shape)) for part in (x1, x2, cos, sin))
+    y1, y2 = (y.reshape(x1.shape) for y in op(*rows, x.dtype))
+    return torch.stack((y1, y2), -1).flatten(-2) if interleaved else torch.cat((y1, y2), -1)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return _turn_by(_rotary, x, cos, sin, interleaved)
+
+
+def _turn_back(g: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return _turn_by(_rotary_backward, g, cos, sin, interleaved)
+
+
+def _like_first(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+# One op: autograd would add up the gradients of the two halves, which changes -0 and NaN.
+_rotary_embedding_backward = Op(
+    "rotary_embedding_backward(Tensor g, Tensor cos, Tensor sin, bool interleaved) -> Tensor dx",
+    cpu=_turn_back,
+    cuda=_turn_back,
+    fake=_like_first,
+)
+_rotary_embedding = Op(
+    "rotary_embedding(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor y",
+    cpu=_turn,
+    cuda=_turn,
+    fake=_like_first,
     keep=("cos", "sin"),
-    gradient=lambda s, g: dict(zip(("x1", "x2"), _rotary_backward(g.y1, g.y2, s.cos, s.sin, s.dtypes["x1"]), strict=True)),
+    gradient=lambda s, g: {"x": _rotary_embedding_backward(g.y, s.cos, s.sin, s.interleaved)},
 )
 _rotary_tables = row_op("rotary_tables(Tensor frequency, Tensor position) -> (Tensor cos, Tensor sin)", programs.ROTARY_TABLES)
 
@@ -124,16 +159,12 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
     check_tensor("rotary_embedding", "x", x)
     if not x.dim() or x.shape[-1] % 2:
         raise RuntimeError(f"bi_torch.rotary_embedding: the last dimension of x must be even, got {list(x.shape)}")
-    half = x.shape[-1] // 2
-    x1, x2 = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
-    tables = []
+    pairs = (*x.shape[:-1], x.shape[-1] // 2)
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor("rotary_embedding", name, table, like=x)
-        if table.dim() > x1.dim() or any(n not in (1, m) for n, m in zip(table.shape[::-1], x1.shape[::-1], strict=False)):
-            raise RuntimeError(f"bi_torch.rotary_embedding: {name} must broadcast to {list(x1.shape)}, got {list(table.shape)}")
-        tables.append(_one_row(table.detach().expand(x1.shape)))
-    y1, y2 = (y.reshape(x1.shape) for y in _rotary(_one_row(x1), _one_row(x2), *tables, x.dtype))
-    return torch.stack((y1, y2), -1).flatten(-2) if interleaved else torch.cat((y1, y2), -1)
+        if table.dim() > len(pairs) or any(n not in (1, m) for n, m in zip(table.shape[::-1], pairs[::-1], strict=False)):
+            raise RuntimeError(f"bi_torch.rotary_embedding: {name} must broadcast to {list(pairs)}, got {list(table.shape)}")
+    return _rotary_embedding(x, cos.detach(), sin.detach(), bool(interleaved))
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
