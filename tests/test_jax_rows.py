@@ -12,7 +12,7 @@ import pytest
 import bi_jax
 from bi_jax.float64 import decode, encode, round32, storage_bits
 from bi_jax.narrow import narrow
-from bi_jax.rows import cpu, primitive
+from bi_jax.rows import cpu, embedding, embedding_kernel, primitive
 from bi_jax.rows.cpu_arithmetic import CpuArithmetic
 from shared_specs.formats import FLOAT32, FORMATS, float_format
 from shared_specs.inputs import operand_bits
@@ -20,6 +20,7 @@ from shared_specs.programs import norm, pointwise, reduce, softmax
 from shared_specs.reference import NumpyArithmetic
 from shared_specs.reference import rows as reference
 from shared_specs.rows import ColumnProgram, RowContract
+from tests.interpreters.mosaic import interpreted
 from tests.row_programs import COLUMN_PROGRAMS, ROW_PROGRAMS, SCALARS
 from tests.test_scalar import fma_triples, patterns
 
@@ -423,6 +424,17 @@ def test_embedding_sums_in_token_order():
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize(("dtype", "d"), [("bfloat16", 1030), ("float32", 5)])
+def test_the_gpu_kernel_of_the_embedding_gradient(dtype, d):
+    """Longer runs than it has cotangents on their way, rows without tokens, ids that are no rows."""
+    ids = jnp.array([1, 0, 1, 1, 7, 1, -1, 0, *([3] * 17)])
+    g = draw(ids.size, d, dtype=dtype, kind="wide")
+    options = {"rows": 5, "out_dtype": jnp.dtype(dtype)}
+    with interpreted():
+        got = jax.jit(lambda g, ids: embedding_kernel.gradient(g, *embedding._sorted_tokens(ids, 5), **options))(g, ids)
+    assert_same(got, jax.jit(functools.partial(embedding._on_cpu, **options))(g, ids))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -11,6 +11,7 @@ from jax.interpreters import batching, mlir
 
 from bi_jax.float64 import decode, encode, round32, round_to, storage_bits
 from bi_jax.platforms import ARCHITECTURE, check_capability
+from bi_jax.rows import embedding_kernel
 from bi_jax.rows.arguments import array, id_array
 from bi_jax.rows.op import Op
 from shared_specs.formats import float_format
@@ -57,18 +58,17 @@ def _abstract(g: Any, ids: Any, *, rows: int, out_dtype: Any) -> core.ShapedArra
     return core.ShapedArray((rows, g.shape[1]), out_dtype)
 
 
-def _sorted_tokens(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Ids in ascending order, the tokens that have them, in their order where ids are equal, and how many ids are rows."""
+def _sorted_tokens(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Ids in ascending order, `rows` for those that are none, and the tokens that have them, in their order for each id."""
     inside = (ids >= 0) & (ids < rows)
-    ordered, tokens = lax.sort(
-        (jnp.where(inside, ids, rows), jnp.arange(ids.size, dtype=jnp.int32)), num_keys=1, is_stable=True
-    )
-    return ordered, tokens, inside.sum(dtype=jnp.int32)
+    tokens = jnp.arange(ids.size, dtype=jnp.int32)
+    ordered, tokens = lax.sort((jnp.where(inside, ids, rows), tokens), num_keys=1, is_stable=True)
+    return ordered, tokens
 
 
 def _on_cpu(g: jax.Array, ids: jax.Array, *, rows: int, out_dtype: Any) -> jax.Array:
     """One token after the other, those of one id together: a row of the result is written with each, the last one stays."""
-    ordered, tokens, count = _sorted_tokens(ids, rows)
+    ordered, tokens = _sorted_tokens(ids, rows)
     fmt, out_fmt = float_format(g.dtype.name), float_format(out_dtype.name)
     bits = storage_bits(g)
     with jax.enable_x64(True):
@@ -81,13 +81,11 @@ def _on_cpu(g: jax.Array, ids: jax.Array, *, rows: int, out_dtype: Any) -> jax.A
             return lax.dynamic_update_slice_in_dim(result, pattern[None], ordered[i], axis=0), total
 
         start = jnp.zeros((rows, g.shape[1]), out_fmt.storage), jnp.zeros(g.shape[1], jnp.float64)
-        result, _ = lax.fori_loop(0, count, step, start)
+        result, _ = lax.fori_loop(0, (ordered < rows).sum(), step, start)
         return lax.bitcast_convert_type(result, out_dtype)
 
 
 def _on_cuda(g: jax.Array, ids: jax.Array, *, rows: int, out_dtype: Any) -> jax.Array:
-    from bi_jax.rows import embedding_kernel
-
     check_capability()
     return embedding_kernel.gradient(g, *_sorted_tokens(ids, rows), rows=rows, out_dtype=out_dtype)
 
