@@ -180,7 +180,7 @@ FUNCTIONS = {
     "tanh": (scalar.tanh, torch.tanh, 2.0), "sigmoid": (scalar.sigmoid, torch.sigmoid, 2.0),
     "rsqrt": (scalar.rsqrt, torch.rsqrt, 1.0), "sin": (scalar.sin, torch.sin, 2.0), "cos": (scalar.cos, torch.cos, 2.0),
 }  # fmt: skip
-BLOCK = 1 << 27
+BLOCK = 1 << 26
 
 
 @cache
