@@ -1,11 +1,12 @@
 """Row and column programs on Hopper, with Pallas Mosaic GPU.
 
-A warpgroup works on chunks of 1024 elements, 8 consecutive ones a thread (`bi_jax.rows.warpgroup`): they are the lanes of
-the row contract, so that a row of N elements is ceil(N / 1024) chunks, and a chunk holds several rows shorter than that.
+A warpgroup works on chunks of 1024 elements, 8 a thread (`bi_jax.rows.warpgroup`): they are the lanes of the row contract,
+so that a row of N elements is ceil(N / 1024) chunks, and a chunk holds several rows shorter than that.
 
 Why the bits are right: a lane's sum is a chain over the chunks of a segment, within a thread. The tree over lanes is written
-out: adjacent pairs within a thread, then threads 1, 2, 4, 8, 16 apart, then warps 1 and 2 apart; so is the tree over
-segments. Formulas are inline PTX. What lies behind a row's end counts as a zero, or as an infinity for maxima and minima.
+out: adjacent pairs within a thread, then threads 1, 2, 4, 8, 16 apart, then warps 1 and 2 apart (the halves of the lanes
+come last, where a thread has some of both); so is the tree over segments. Formulas are inline PTX. What lies behind a row's
+end counts as a zero, or as an infinity for maxima and minima.
 
 - A row of one segment stays in the registers of one warpgroup. A block has several warpgroups for more rows.
 - The segments of a longer row are dealt out to the warpgroups of one block, which meet in shared memory; or to several
@@ -28,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bi_jax.rows.formulas import FILL, Combination, Formulas, Stage, Step, fold, row_formulas
 from bi_jax.rows.ptx import Level, Node
 from bi_jax.rows.values import Chunk, Scope, dtype_of, tree
-from bi_jax.rows.warpgroup import CHUNK, VECTOR, Columns, Load, LoadValue, Place, Ref, Store, StoreValue, Sync, width
+from bi_jax.rows.warpgroup import ACCESS, CHUNK, VECTOR, Columns, Load, LoadValue, Place, Ref, Store, StoreValue, Sync, width
 from shared_specs.rows import ROW_CONTRACT, RowProgram
 
 SEGMENT = ROW_CONTRACT.segment
@@ -94,14 +95,21 @@ class Plan:
     def formulas(self) -> Formulas:
         return row_formulas(self.program, self.count, self.segments == 1, self.out_dtypes)
 
+    @property
+    def run(self) -> int:
+        """Consecutive elements of a thread: 16 bytes of the widest elements and outputs."""
+        named = [(dict(self.dtypes), self.program.elements), (dict(self.out_dtypes), self.program.outputs)]
+        sizes = [jnp.dtype(dtypes[name]).itemsize for dtypes, names in named for name in names]
+        return min(VECTOR, ACCESS // max(sizes))
+
     def place(self, stride: int, end: int | None = None, own: bool = True) -> Place:
         """A chunk's place in an array with a row for every row, its `own`, or with one row for all."""
         rows = self.rows if own and self.segments == 1 and self.rows % self.block_rows else None
-        return Place(stride, self.lanes, int(own and self.lanes < CHUNK), rows, end)
+        return Place(stride, self.lanes, int(own and self.lanes < CHUNK), rows, end, self.run)
 
     def width(self, dtype: str, end: int | None) -> int:
         """Elements of an access to a chunk: rows begin at multiples of it, and so does what lies behind their `end`."""
-        return width(dtype, self.n if self.rows > 1 else 0, end or 0)
+        return width(dtype, self.run, self.n if self.rows > 1 else 0, end or 0)
 
 
 @dataclass
@@ -164,7 +172,7 @@ class Worker:
         def load(node: Node) -> jax.Array:
             name = node.operation
             if node is self.formulas.column:
-                return Columns(plan.lanes)(column)
+                return Columns(plan.lanes, plan.run)(column)
             dtype, own = self.dtypes[name], name in plan.program.elements
             place = plan.place(plan.n, end, own)
             return Load(dtype, place, plan.width(dtype, end))(self.refs[name], row if own else 0, column)
@@ -311,7 +319,7 @@ class Worker:
             (accumulator,) = chunk.get([fold(f, step.kind, start, value)], keep=step.kept if self.plan.keeps else ())
             chunk.values.pop(so_far, None)
             chunk.forget(self.plan.program.columns)
-        return tree(step.kind, accumulator, lanes, self.scratch)
+        return tree(step.kind, accumulator, lanes, self.scratch, self.plan.run)
 
     def combine(self, stage: Stage, scope: Scope, refs: Sequence[Ref], at: Any) -> None:
         """The row's results from row `at` of those of its segments."""

@@ -6,7 +6,7 @@ import jax
 
 from bi_jax.rows.formulas import fold
 from bi_jax.rows.ptx import Block, Level, Listing, Node, adjacent_pairs, needed
-from bi_jax.rows.warpgroup import CHUNK, THREADS, VECTOR, Evaluate, Ref, Shuffle, Unpack, Warps
+from bi_jax.rows.warpgroup import CHUNK, THREADS, VECTOR, Evaluate, Exchange, Ref, Shuffle, Unpack, Warps
 
 WARP = 32
 
@@ -88,15 +88,22 @@ def dtype_of(node: Node) -> str:
     return "float32" if node.kind == "float" else "int32"
 
 
-def tree(kind: str, x: jax.Array, lanes: int, scratch: Ref) -> jax.Array:
-    """A chunk reduced by `kind` over its groups of `lanes`: the adjacent pairs of `RowContract`. Each thread gets a value."""
-    value = combined(kind, Unpack()(x))
-    distance = 1
-    while distance < min(WARP, lanes // VECTOR):
+def tree(kind: str, x: jax.Array, lanes: int, scratch: Ref, run: int = VECTOR) -> jax.Array:
+    """A chunk reduced by `kind` over its groups of `lanes`: the adjacent pairs of `RowContract`. Each thread gets a value.
+
+    Where a thread has two runs, even threads go on with the lower half of the lanes and odd ones with the upper half.
+    """
+    values, threads = Unpack()(x), lanes // VECTOR
+    halves = [combined(kind, values[i : i + run]) for i in range(0, VECTOR, run)]
+    apart = len(halves) > 1 and threads > 1
+    value = combined(kind, Exchange()(*halves) if apart else halves)
+    distance = 2 if apart else 1
+    while distance < min(WARP, threads):
         value = combined(kind, [value, Shuffle(distance)(value)])
         distance *= 2
-    warps = lanes // (WARP * VECTOR)
-    return combined(kind, Warps(warps)(scratch, value)) if warps > 1 else value
+    if threads > WARP:
+        value = combined(kind, Warps(threads // WARP)(scratch, value))
+    return combined(kind, [value, Shuffle(1)(value)]) if apart else value
 
 
 def combined(kind: str, values: Sequence[jax.Array]) -> jax.Array:

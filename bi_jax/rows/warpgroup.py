@@ -1,8 +1,10 @@
 """What a warpgroup does to 1024 elements at a time: the instructions that row and column kernels consist of.
 
-A chunk is 1024 elements, 8 consecutive ones for each of the 128 threads; beside it, an array of 128 has one value a thread.
-A chunk holds `lanes` elements of each of 1024 / lanes rows. Memory is reached by masked accesses of up to 16 bytes, which
-Mosaic's own loads are not. Each instruction is an object, so that a test can run a stand-in for it on a CPU.
+A chunk is 1024 elements, 8 for each of the 128 threads; beside it, an array of 128 has one value a thread. A chunk holds
+`lanes` elements of each of 1024 / lanes rows. A thread's elements are consecutive, or two runs of 4 that are half of the
+lanes apart, so that neighbouring threads access neighbouring 16 bytes of float32, too. Memory is reached by masked accesses
+of up to 16 bytes, which Mosaic's own loads are not. Each instruction is an object, so that a test can run a stand-in for it
+on a CPU.
 """
 
 import functools
@@ -24,7 +26,7 @@ from bi_jax.rows.ptx import Block
 
 THREADS = 128
 VECTOR = 8
-"""Consecutive elements of a thread."""
+"""Elements of a thread."""
 CHUNK = THREADS * VECTOR
 ACCESS = 16
 """Bytes of the widest access of a thread."""
@@ -44,6 +46,7 @@ class Place:
         step: rows from one group of lanes to the next.
         rows: rows of the array where a group may lie beyond them, else None.
         end: columns of the array where a chunk may reach beyond them, else None.
+        run: consecutive elements of a thread, 8 or 4.
     """
 
     stride: int
@@ -51,6 +54,7 @@ class Place:
     step: int = 0
     rows: int | None = None
     end: int | None = None
+    run: int = VECTOR
 
     def row(self, row: ir.Value) -> ir.Value:
         """The row of this thread, where the first group's is `row`."""
@@ -58,7 +62,12 @@ class Place:
 
     def column(self, column: ir.Value) -> ir.Value:
         """The first column of this thread, where the first lane's is `column`."""
-        return arith.addi(column, arith.remui(_first(), _i32(self.lanes)))
+        first = arith.remui(_first(), _i32(self.lanes))
+        return arith.addi(column, arith.divui(first, _i32(VECTOR // self.run)))
+
+    def lane(self, i: int) -> int:
+        """The lane of a thread's element `i`, from that of its first."""
+        return i // self.run * (self.lanes // 2) + i % self.run
 
     def offset(self, row: ir.Value, column: ir.Value) -> ir.Value:
         """Elements before (row, column)."""
@@ -112,7 +121,7 @@ class Load(Instruction):
         element = utils.dtype_to_ir_type(jnp.dtype(self.dtype))
         words = []
         for first in range(0, VECTOR, self.width):
-            at = arith.addi(column, _i32(first))
+            at = arith.addi(column, _i32(self.place.lane(first)))
             address = _address(ref, self.place.offset(row, at))
             words += _load(address, self.place.inside(row, at), self.width * utils.bytewidth(element), _space(ref))
         return _fragments(_bitcast_words(words, element), self.dtype)
@@ -138,7 +147,7 @@ class Store(Instruction):
         word = ir.IntegerType.get_signless(8 * min(size, 4))
         words = _bitcast_vector(register, word)
         for first in range(0, VECTOR, self.width):
-            at = arith.addi(column, _i32(first))
+            at = arith.addi(column, _i32(self.place.lane(first)))
             address = _address(ref, self.place.offset(row, at))
             count = size // (word.width // 8)
             _store(address, self.place.inside(row, at), words[:count], _space(ref))
@@ -203,13 +212,15 @@ class Columns(Instruction):
     """(column): the columns of a chunk, int32, where the first lane's is `column`."""
 
     lanes: int
+    run: int = VECTOR
 
     def result(self, column):
         return _array((CHUNK,), "int32")
 
     def emit(self, context, column):
-        first = Place(0, self.lanes).column(_scalar(column))
-        return _fragments(_vector([arith.addi(first, _i32(i)) for i in range(VECTOR)]), "int32")
+        place = Place(0, self.lanes, run=self.run)
+        first = place.column(_scalar(column))
+        return _fragments(_vector([arith.addi(first, _i32(place.lane(i))) for i in range(VECTOR)]), "int32")
 
 
 @dataclass(frozen=True)
@@ -248,6 +259,21 @@ class Shuffle(Instruction):
     def emit(self, context, x):
         values = [utils.shfl_bfly(value, self.distance) for value in _elements(x)]
         return _fragments(_vector(values), "float32")
+
+
+@dataclass(frozen=True)
+class Exchange(Instruction):
+    """(x, y): for an even thread, its x and that of the next thread; for an odd one, its y and that of the one before."""
+
+    def result(self, x, y):
+        return [_array(x.shape, x.dtype)] * 2
+
+    def emit(self, context, x, y):
+        odd = _compare("ne", arith.remui(_thread(), _i32(2)), _i32(0))
+        pairs = list(zip(_elements(x), _elements(y), strict=True))
+        kept = [arith.select(odd, b, a) for a, b in pairs]
+        received = [utils.shfl_bfly(arith.select(odd, a, b), 1) for a, b in pairs]
+        return [_fragments(_vector(values), "float32") for values in (kept, received)]
 
 
 @dataclass(frozen=True)
@@ -327,7 +353,7 @@ def zeros() -> jax.Array:
 
 
 def width(dtype: str, *extents: int) -> int:
-    """Elements of the widest access to rows whose lengths and distances are multiples of `extents`."""
+    """Elements of the widest access to rows whose runs, lengths and distances are multiples of `extents`."""
     return math.gcd(VECTOR, ACCESS // jnp.dtype(dtype).itemsize, *extents)
 
 

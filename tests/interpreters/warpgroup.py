@@ -31,13 +31,19 @@ def run(instruction: Instruction, *args: Memory | np.ndarray) -> list[np.ndarray
 
 def _places(place: Place, row: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The row and the first column of every thread."""
-    return row + FIRST // place.lanes * place.step, column + FIRST % place.lanes
+    return row + FIRST // place.lanes * place.step, column + FIRST % place.lanes * place.run // VECTOR
+
+
+def _lanes(place: Place) -> np.ndarray:
+    """The lanes of a thread, from its first."""
+    element = np.arange(VECTOR)
+    return element // place.run * (place.lanes // 2) + element % place.run
 
 
 def _accesses(place: Place, row: np.ndarray, column: np.ndarray, width: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices into memory of the elements of a chunk, and which of them exist; [threads, 8]."""
     rows, columns = _places(place, row, column)
-    starts = columns[:, None] + np.arange(0, VECTOR, width)
+    starts = columns[:, None] + _lanes(place)[::width]
     inside = np.ones(starts.shape, bool)
     if place.rows is not None:
         inside &= (rows < place.rows)[:, None]
@@ -97,7 +103,9 @@ def _(
 
 @run.register
 def _(instruction: warpgroup.Columns, column: np.ndarray) -> list[np.ndarray]:
-    return [(column + np.arange(CHUNK) % instruction.lanes).astype(np.int32)]
+    place = Place(0, instruction.lanes, run=instruction.run)
+    _, first = _places(place, np.int32(0), column)
+    return [(first[:, None] + _lanes(place)).reshape(CHUNK).astype(np.int32)]
 
 
 @run.register
@@ -114,6 +122,13 @@ def _(instruction: warpgroup.Unpack, x: np.ndarray) -> list[np.ndarray]:
 def _(instruction: warpgroup.Shuffle, x: np.ndarray) -> list[np.ndarray]:
     threads = x.reshape(THREADS, -1)
     return [threads[np.arange(THREADS) ^ instruction.distance].reshape(x.shape)]
+
+
+@run.register
+def _(instruction: warpgroup.Exchange, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+    thread = np.arange(THREADS)
+    odd = thread % 2 == 1
+    return [np.where(odd, y, x), np.where(odd, y[thread ^ 1], x[thread ^ 1])]
 
 
 @run.register
