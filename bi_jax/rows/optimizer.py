@@ -98,13 +98,13 @@ _NAMES = {"p": "param", "g": "grad"}
 
 def _update(name: str, op: Op, trees: dict[str, Tree], results: tuple[str, ...], **numbers: Any) -> list[Tree]:
     """The results of `op` on every leaf of the trees, as trees."""
-    leaves, structure = jax.tree.flatten(trees["p"])
+    structure: Any = jax.tree.structure(trees["p"])
     lists = {key: jax.tree.leaves(tree) for key, tree in trees.items()}
     for key, tree in trees.items():
         if (own := jax.tree.structure(tree)) != structure:
             raise ValueError(f"bi_jax.{name}: {_NAMES.get(key, key)} must have the structure of param, {structure}, got {own}")
     outputs: list[list[jax.Array]] = [[] for _ in results]
-    for i in range(len(leaves)):
+    for i in range(structure.num_leaves):
         arrays = {key: array(name, _NAMES.get(key, key), leaf[i]) for key, leaf in lists.items()}
         shape = arrays["p"].shape
         for key, x in arrays.items():
