@@ -1,21 +1,29 @@
-"""The Triton row kernels: on a CPU, against the reference model, bit for bit; and compiled for an H100, read as PTX."""
+"""The Triton row kernels: run on a CPU, against the reference model, bit for bit; and compiled for an H100, read as PTX."""
+
+import re
 
 import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from bi_torch.rows import cuda, triton_kernels
+from shared_specs.programs import norm, optimizer, pointwise, reduce, softmax
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ColumnProgram
-from tests.arrays import DTYPES, assert_same
+from tests.arrays import DTYPES, assert_same, to_bits
 from tests.interpreters.triton import gpu_arithmetic, interpreted
 from tests.row_programs import COLUMN_PROGRAMS, ROW_PROGRAMS, SCALARS, draw_inputs, expected
 
 KERNELS = interpreted(triton_kernels)
-MULTIPROCESSORS = 1
+TARGET = GPUTarget("cuda", 90, 32)
 
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch):
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: MULTIPROCESSORS)
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 1)
 
 
 def planned(program, inputs, out_dtypes, schedule=None, outs=None, scalars=SCALARS):
@@ -35,10 +43,14 @@ def run(*args, **options):
     return call.outputs
 
 
-def check(program, rows, n, dtype="float32", schedule=None, *, kind="normal", out_dtype=None, seed=0):
-    inputs = draw_inputs(program, rows, n, dtype, kind, seed)
+def dtypes_of(program, dtype):
     names = program.sums if isinstance(program, ColumnProgram) else program.outputs
-    out_dtypes = dict.fromkeys(names, DTYPES[out_dtype or dtype])
+    return dict.fromkeys(names, DTYPES[dtype])
+
+
+def check(program, rows, n, dtype="float32", schedule=None, *, kind="normal", out_dtype=None, inputs=None):
+    inputs = inputs or draw_inputs(program, rows, n, dtype, kind, seed=n)
+    out_dtypes = dtypes_of(program, out_dtype or dtype)
     outputs, wanted = run(program, inputs, out_dtypes, schedule), expected(program, inputs, out_dtypes)
     assert set(outputs) == set(wanted)
     for name, value in wanted.items():
@@ -46,17 +58,190 @@ def check(program, rows, n, dtype="float32", schedule=None, *, kind="normal", ou
 
 
 by_name = {"ids": lambda program: program.name}
-REDUCING = [program for program in ROW_PROGRAMS if program.reductions]
+FORMATS = tuple(DTYPES)
 
 
 @pytest.mark.parametrize("program", ROW_PROGRAMS, **by_name)
 def test_every_row_program(program):
-    check(program, 3, 100, "bfloat16")
-    check(program, 1, 1030, "float32", kind="special")
-    check(program, 2, 8192 + 40, "float16", RowSchedule(1, 4, blocks_per_row=2))
+    turn = ROW_PROGRAMS.index(program)
+    check(program, 3, 100, FORMATS[turn % 3])
+    check(program, 1, 1030, FORMATS[(turn + 1) % 3], kind="special")
 
 
 @pytest.mark.parametrize("program", COLUMN_PROGRAMS, **by_name)
 def test_every_column_program(program):
     check(program, 37, 5, "bfloat16")
     check(program, 1100, 3, "float32", kind="special")
+
+
+# One of each kind of reduction, and of each way in which results of a reduction are used.
+VARIED = [softmax.SOFTMAX, norm.layer_norm(True, True), reduce.AMIN, softmax.cross_entropy(True), reduce.SUM]
+WIDTHS = [1, 2, 5, 127, 128, 1000, 1024, 1025, 4096, 8192, 8193, 20000]
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_widths(n):
+    turn = WIDTHS.index(n)
+    check(VARIED[turn % len(VARIED)], 3 if n < 4096 else 1, n, FORMATS[turn % 3])
+    check(VARIED[(turn + 1) % len(VARIED)], 2 if n < 4096 else 1, n, FORMATS[(turn + 1) % 3])
+
+
+@pytest.mark.parametrize(
+    ("n", "schedule"),
+    [
+        (100, RowSchedule(block_rows=4, warps=2)),
+        (100, RowSchedule(block_rows=2, warps=8, persistent=True)),
+        (3000, RowSchedule(block_rows=4)),
+        (3000, RowSchedule(warps=16)),
+        (3000, RowSchedule(warps=1, persistent=True)),
+        (20000, RowSchedule(warps=2)),
+        (20000, RowSchedule(warps=4, blocks_per_row=2)),
+        (20000, RowSchedule(warps=8, blocks_per_row=9)),
+    ],
+    ids=repr,
+)
+def test_schedules(n, schedule):
+    for program in (softmax.SOFTMAX, softmax.token_logprobs_backward(True), reduce.AMAX):
+        check(program, 5 if n < 8192 else 1, n, "bfloat16", schedule)
+
+
+@pytest.mark.parametrize("kind", ["wide", "subnormal", "zeros", "bits"])
+def test_values(kind):
+    for program in (reduce.SUM, reduce.AMAX, reduce.AMIN, norm.COLUMN_SUM):
+        check(program, 5, 77, "float32", kind=kind)
+    for dtype in FORMATS:
+        check(softmax.SOFTMAX, 5, 77, dtype, kind=kind)
+        check(pointwise.SILU_MUL, 5, 77, dtype, kind=kind)
+
+
+def test_rows_of_infinities():
+    x = torch.full((6, 9000), -float("inf"))
+    x[1:, :8192] = -200.0
+    x[2, 8200], x[3, 8200], x[4, 5], x[5, 10] = 300.0, float("inf"), float("inf"), float("nan")
+    check(softmax.SOFTMAX, 6, 9000, inputs={"x": x})
+    check(softmax.LOGSUMEXP, 6, 9000, schedule=RowSchedule(blocks_per_row=2), inputs={"x": x})
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_rows_of_very_many_segments(monkeypatch, most):
+    monkeypatch.setattr(cuda, "_MOST_COUNT", most)
+    monkeypatch.setattr(cuda, "_COMBINED", 2)
+    for program in (softmax.LOG_SOFTMAX, reduce.AMAX, reduce.VAR):
+        check(program, 2, 5 * 8192 - 100, "bfloat16", RowSchedule(blocks_per_row=2, warps=8))
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "group"), [(1, 130, 4), (8, 70, 1), (1000, 8, 64), (1024, 3, 1024), (2100, 2, 128), (8300, 1, 256)]
+)
+def test_sums_over_rows(rows, n, group, monkeypatch):
+    monkeypatch.setattr(cuda, "_MOST_COLUMNS_COUNT", 4)
+    check(norm.layer_norm_parameters(True, True), rows, n, "bfloat16", RowSchedule(block_rows=group))
+
+
+@pytest.mark.parametrize(("rows", "n"), [(0, 0), (0, 5), (3, 0)])
+def test_nothing(rows, n):
+    for program in (reduce.SUM, softmax.SOFTMAX, norm.rms_norm(True), pointwise.EXP, norm.COLUMN_SUM):
+        check(program, rows, n)
+
+
+def test_output_dtypes():
+    for program in (softmax.SOFTMAX, pointwise.GELU):
+        check(program, 3, 200, "bfloat16", out_dtype="float32")
+        check(program, 3, 200, "float32", out_dtype="float16")
+    inputs = draw_inputs(reduce.MEAN, 3, 200, "bfloat16")
+    wanted = expected(reduce.MEAN, inputs, {"y": torch.bfloat16})
+    assert_same(run(reduce.MEAN, inputs, {"y": torch.bfloat16})["y"], wanted["y"])
+
+
+def test_row_strides():
+    wide = draw_inputs(reduce.SUM, 6, 300, "bfloat16")["x"]
+    weight, bias = wide[0, :200], wide[1, ::2][:100].repeat(2)
+    for x in (wide[:, :200], wide[:, 3:203], wide[::2, :200], wide[:1, :200].expand(4, 200)):
+        check(norm.layer_norm(True, True), *x.shape, "bfloat16", inputs={"x": x, "weight": weight, "bias": bias})
+        check(pointwise.EXP, *x.shape, "bfloat16", inputs={"x": x})
+    check(reduce.SUM, 6, 1, "bfloat16", inputs={"x": wide[:, 7:8]})
+    check(norm.COLUMN_SUM, 6, 200, "bfloat16", inputs={"x": wide[:, 3:203]})
+    every_second = {"like": wide, "g": torch.arange(12.0)[::2]}
+    check(reduce.SPREAD, 6, 300, "bfloat16", inputs=every_second)
+
+
+def test_outputs_may_be_inputs():
+    inputs = draw_inputs(optimizer.ADAMW, 3, 200, "float32")
+    out_dtypes = dtypes_of(optimizer.ADAMW, "float32")
+    wanted = expected(optimizer.ADAMW, inputs, out_dtypes)
+    outs = {name: inputs[name] for name in ("p", "m", "v")}
+    run(optimizer.ADAMW, inputs, out_dtypes, outs=outs)
+    for name, value in outs.items():
+        assert_same(value, wanted[name])
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+def test_ids_outside_the_row(ids):
+    x = draw_inputs(reduce.SUM, 4, 50, "float32")["x"]
+    given = torch.tensor([49, 50, -1, 7] if ids == torch.int32 else [49, 2**32, -(2**32), 7], dtype=ids)
+    y = run(softmax.token_logprobs(False), {"x": x, "id": given}, {})["y"]
+    assert y.isnan().tolist() == [False, True, True, False]
+    assert to_bits(y)[1] == to_bits(y)[2] == 0x7FFFFFFF
+
+
+@pytest.mark.parametrize(
+    ("program", "n", "schedule"),
+    [(reduce.SUM, 100, RowSchedule(blocks_per_row=2)), (reduce.SUM, 9000, RowSchedule(block_rows=2))],
+)
+def test_schedules_that_no_row_allows_raise(program, n, schedule):
+    with pytest.raises(ValueError, match=program.name):
+        run(program, draw_inputs(program, 4, n, "float32"), {}, schedule)
+
+
+def test_inputs_of_other_shapes_raise():
+    x = torch.zeros(4, 6)
+    for inputs in ({"x": x.t()}, {"x": x, "weight": x[0, :5]}):
+        program = norm.rms_norm("weight" in inputs)
+        with pytest.raises(ValueError, match="rms_norm"):
+            run(program, inputs, {"y": torch.float32})
+
+
+def compiled(program, rows, n, dtype, schedule=None):
+    """The launches of a call on aligned tensors, compiled for an H100."""
+    inputs = {name: x.to("meta") for name, x in draw_inputs(program, 1, n, dtype).items()}
+    for name in (*program.elements, *program.rows, *getattr(program, "ids", ())):
+        inputs[name] = inputs[name].expand(rows, *inputs[name].shape[1:]).contiguous()
+    plan, call = planned(program, inputs, dtypes_of(program, dtype), schedule)
+    backend = make_backend(TARGET)
+    for launch in plan.launches:
+        kernel = launch.kernel
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = binder(*launch.arguments(call), **launch.options)
+        options, signature, constants, attributes = kernel._pack_args(backend, launch.options, bound, specialization, options)
+        yield triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=options.__dict__)
+
+
+COMPILED = [
+    (softmax.SOFTMAX, 65536, 128, "bfloat16", None),
+    (softmax.SOFTMAX, 4096, 16384, "bfloat16", None),
+    (softmax.SOFTMAX, 4, 151936, "float32", None),
+    (norm.layer_norm(True, True), 8192, 8192, "float32", None),
+    (norm.rms_norm_backward(True), 16384, 4096, "bfloat16", RowSchedule(block_rows=2)),
+    (optimizer.ADAMW, 1, 1 << 20, "bfloat16", None),
+    (norm.layer_norm_parameters(True, True), 16384, 4096, "float32", None),
+]
+
+
+@pytest.mark.parametrize(("program", "rows", "n", "dtype", "schedule"), COMPILED, ids=lambda x: getattr(x, "name", str(x)))
+def test_compiled_for_an_h100(program, rows, n, dtype, schedule):
+    """Every operation is rounded once, nothing is contracted, and inputs are read sixteen bytes at a time."""
+    for kernel in compiled(program, rows, n, dtype, schedule):
+        ptx = kernel.asm["ptx"]
+        inexact = r"\.ftz|\b(add|sub|mul)\.f32|\bdiv\.(full|approx)|\b(sqrt|rcp|ex2|lg2)\.approx|\bmad\.\S*f32"
+        assert not re.search(inexact, ptx)
+        if kernel.metadata.name != "column_tree":
+            assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
+            assert not re.search(r"ld\.global\S*(hint\.b32|\.v2\.b32|\.b16)", ptx)
+
+
+def test_only_the_program_asks_for_fma():
+    (kernel,) = compiled(reduce.VAR, 64, 4096, "float32", RowSchedule())
+    assert not re.search(r"\bfma\.", kernel.asm["ptx"])
+    assert re.search(r"\bmul\.rn\.f32", kernel.asm["ptx"])
+    (kernel,) = compiled(softmax.SOFTMAX, 64, 4096, "float32", RowSchedule())
+    assert re.search(r"\bfma\.rn\.f32", kernel.asm["ptx"])

@@ -222,7 +222,7 @@ class _Shape:
         for kind in ("columns", "rows", "ids"):
             self.starts.append(self.starts[-1] + len(getattr(self.program, kind, ())))
         for name, x in zip(self.program.elements, self.given, strict=False):
-            if x.shape != (self.rows, self.n) or (self.n > 1 and x.stride(1) != 1):
+            if x.shape != (self.rows, self.n) or (x.numel() and self.n > 1 and x.stride(1) != 1):
                 raise ValueError(f"{self.program.name}: {name} must be [{self.rows}, {self.n}] with contiguous columns")
         for name, x in zip(_tensor_names(self.program)[self.elements :], self.given[self.elements :], strict=True):
             extent = self.n if name in self.program.columns else self.rows

@@ -49,6 +49,12 @@ def kind_of(formulas, index):
     return formulas.program.reductions[index].kind
 
 
+@constexpr_function
+def last_reading_stage(formulas):
+    """The last of the stages, one for each reduction and one for the outputs, that reads elements."""
+    return len(formulas.program.reductions) - (not formulas.program.outputs)
+
+
 class TritonArithmetic:
     """The operations as Triton emits them; `semantic` is what Triton hands to a builtin."""
 

@@ -30,6 +30,7 @@ from bi_torch.rows.triton_arithmetic import (
     exp_term,
     kind_of,
     larger,
+    last_reading_stage,
     reduction_count,
     rescaled,
     smaller,
@@ -106,8 +107,8 @@ def _extreme(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _store(pointer, value, mask):
-    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+def _store(pointer, value, mask, EVICTION: tl.constexpr):
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -157,8 +158,12 @@ def _column(base, chunk: tl.constexpr, piece: tl.constexpr, LANES: tl.constexpr,
 
 
 @triton.jit
-def _load_tile(pointers, column, N, MASKED: tl.constexpr, EVICTION: tl.constexpr):
-    """What is read at every pointer for some columns, as float32."""
+def _load_tile(pointers, column, N, BLOCK_ROWS: tl.constexpr, MASKED: tl.constexpr, EVICTION: tl.constexpr):
+    """What is read at every pointer for some columns, as float32.
+
+    Inputs [N] are read for each row too: a thread then reads them as wide as the rows, in the layout of the rows.
+    """
+    column = tl.broadcast_to(column, [BLOCK_ROWS, column.shape[1], column.shape[2]])
     tile = ()
     for i in tl.static_range(len(pointers)):
         if MASKED:
@@ -171,14 +176,15 @@ def _load_tile(pointers, column, N, MASKED: tl.constexpr, EVICTION: tl.constexpr
 
 @triton.jit
 def _load(
-    pointers, base, N, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
-    EVICTION: tl.constexpr,
+    pointers, base, N, BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr,
+    FULL: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Tiles piece by piece and, in a piece, chunk by chunk."""
     tiles = ()
     for piece in tl.static_range(LANES // PIECE):
         for chunk in tl.static_range(CHUNKS):
-            tiles = tiles + (_load_tile(pointers, _column(base, chunk, piece, LANES, PIECE), N, chunk >= FULL, EVICTION),)
+            column = _column(base, chunk, piece, LANES, PIECE)
+            tiles = tiles + (_load_tile(pointers, column, N, BLOCK_ROWS, chunk >= FULL, EVICTION),)
     return tiles
 
 
@@ -190,7 +196,7 @@ def _segment_results(
     """What reduction INDEX makes of each segment: a tuple of [BLOCK_ROWS, SEGMENTS, 1]."""
     KIND: tl.constexpr = kind_of(FORMULAS, INDEX)
     SHAPE: tl.constexpr = (BLOCK_ROWS, base.shape[1], PIECE)
-    shared = _load(columns, base, N, CHUNKS, LANES, PIECE, FULL, "evict_last")
+    shared = _load(columns, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, "evict_last")
     values = ()
     for piece in tl.static_range(LANES // PIECE):
         for chunk in tl.static_range(CHUNKS):
@@ -262,44 +268,45 @@ def _transposed(results):
 def _store_outputs(
     FORMULAS: tl.constexpr, outputs, tiles, columns, row_values, reduced, base, row, R, N,
     BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Every output of the program for the columns of the tiles.
 
     Inputs [N] are read again, one tile ahead of their use, rather than held in registers since the reductions.
     """
     SHAPE: tl.constexpr = (BLOCK_ROWS, base.shape[1], PIECE)
-    following = _load_tile(columns, _column(base, 0, 0, LANES, PIECE), N, FULL == 0, "evict_last")
+    column = _column(base, 0, 0, LANES, PIECE)
+    following = _load_tile(columns, column, N, BLOCK_ROWS, FULL == 0, "evict_last")
     for piece in tl.static_range(LANES // PIECE):
         for chunk in tl.static_range(CHUNKS):
-            column = _column(base, chunk, piece, LANES, PIECE)
-            tile = tiles[piece * CHUNKS + chunk] + following
+            tile, here = tiles[piece * CHUNKS + chunk] + following, column
             if chunk + 1 < CHUNKS:
-                following = _load_tile(
-                    columns, _column(base, chunk + 1, piece, LANES, PIECE), N, chunk + 1 >= FULL, "evict_last"
-                )
+                column = _column(base, chunk + 1, piece, LANES, PIECE)
+                following = _load_tile(columns, column, N, BLOCK_ROWS, chunk + 1 >= FULL, "evict_last")
             elif piece + 1 < LANES // PIECE:
-                following = _load_tile(columns, _column(base, 0, piece + 1, LANES, PIECE), N, FULL == 0, "evict_last")
+                column = _column(base, 0, piece + 1, LANES, PIECE)
+                following = _load_tile(columns, column, N, BLOCK_ROWS, FULL == 0, "evict_last")
             for i in tl.static_range(len(outputs)):
-                value = evaluate(FORMULAS, "outputs", i, tile, row_values, reduced, column.to(tl.int32), SHAPE)
+                value = evaluate(FORMULAS, "outputs", i, tile, row_values, reduced, here.to(tl.int32), SHAPE)
                 if chunk >= FULL:
                     if BLOCK_ROWS == 1:
-                        _store(_per_row(outputs[i]) + column, value, column < N)
+                        _store(_per_row(outputs[i]) + here, value, here < N, EVICTION)
                     else:
-                        _store(_per_row(outputs[i]) + column, value, _per_row(row < R) & (column < N))
+                        _store(_per_row(outputs[i]) + here, value, _per_row(row < R) & (here < N), EVICTION)
                 elif BLOCK_ROWS == 1:
-                    _store(_per_row(outputs[i]) + column, value, None)
+                    _store(_per_row(outputs[i]) + here, value, None, EVICTION)
                 else:
-                    _store(_per_row(outputs[i]) + column, value, _per_row(row < R))
+                    _store(_per_row(outputs[i]) + here, value, _per_row(row < R), EVICTION)
 
 
 @triton.jit
 def _store_row_outputs(FORMULAS: tl.constexpr, row_outputs, row_values, reduced, row, R, BLOCK_ROWS: tl.constexpr):
     for i in tl.static_range(len(row_outputs)):
         if BLOCK_ROWS == 1:
-            _store(row_outputs[i] + row, evaluate(FORMULAS, "row_outputs", i, (), row_values, reduced, None, ()), None)
+            _store(row_outputs[i] + row, evaluate(FORMULAS, "row_outputs", i, (), row_values, reduced, None, ()), None, "")
         else:
             value = evaluate(FORMULAS, "row_outputs", i, (), row_values, reduced, None, (BLOCK_ROWS, 1, 1))
-            _store(row_outputs[i] + row, tl.reshape(value, [BLOCK_ROWS]), row < R)
+            _store(row_outputs[i] + row, tl.reshape(value, [BLOCK_ROWS]), row < R, "")
 
 
 @triton.jit
@@ -323,7 +330,7 @@ def _resident(
     row = _rows(block, BLOCK_ROWS)
     source = tl.minimum(row, R - 1)
     pointers = _row_pointers(elements, strides, source, UNIT)
-    tiles = _load(pointers, base, N, CHUNKS, LANES, PIECE, FULL, "evict_first")
+    tiles = _load(pointers, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, "evict_first")
     row_values = _row_values(source, pointers, rows, ids, scalars, integers, N, GATHERED)
     reduced = ()
     for i in tl.static_range(reduction_count(FORMULAS)):
@@ -333,8 +340,8 @@ def _resident(
         reduced = reduced + (_row_result(kind_of(FORMULAS, i), _transposed(results)),)
     targets = _row_pointers(outputs, output_strides, row, UNIT)
     _store_outputs(
-        FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL
-    )
+        FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, "",
+    )  # fmt: skip
     _store_row_outputs(FORMULAS, row_outputs, row_values, reduced, row, R, BLOCK_ROWS)
 
 
@@ -350,9 +357,10 @@ def rows_resident(
     With PERSISTENT a program walks over blocks of rows.
     """
     if PERSISTENT:
-        for block in range(tl.program_id(0), _cdiv(R, BLOCK_ROWS), tl.num_programs(0)):
+        first = tl.program_id(0)
+        for offset in range(0, _cdiv(R, BLOCK_ROWS) - first, tl.num_programs(0)):
             _resident(
-                block, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs,
+                first + offset, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs,
                 R, N * UNIT, FORMULAS, GATHERED, UNIT, FULL, BLOCK_ROWS, SEGMENTS, CHUNKS, LANES, PIECE, SEGMENT,
             )  # fmt: skip
     else:
@@ -404,11 +412,14 @@ def rows_staged(
         for i in tl.static_range(stage):
             reduced = reduced + (_finished(kind_of(FORMULAS, i), finished[i], source, count, COUNT),)
         for index in range(first, end):
-            # Every second stage goes backwards: what was read last is still in the L2 cache.
+            # Every second stage goes backwards: what was read last is still in the L2 cache, if outputs do not take its place.
             step = first + end - 1 - index if stage % 2 else index
             segment = step * SEGMENTS + tl.arange(0, SEGMENTS)[None, :, None]
             base = segment.to(INDEX) * SEGMENT
-            tiles = _load(pointers, base, N, CHUNKS, LANES, PIECE, FULL, "evict_first")
+            tiles = _load(
+                pointers, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL,
+                "evict_first" if stage >= last_reading_stage(FORMULAS) else "evict_last",
+            )  # fmt: skip
             if stage < reduction_count(FORMULAS):
                 results = _segment_results(
                     FORMULAS, stage, tiles, columns, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL
@@ -418,22 +429,9 @@ def rows_staged(
                     tl.store(partials[stage][i] + _per_row(row) * segments + segment, results[i], mask=inside)
             else:
                 _store_outputs(
-                    FORMULAS,
-                    targets,
-                    tiles,
-                    columns,
-                    row_values,
-                    reduced,
-                    base,
-                    row,
-                    R,
-                    N,
-                    BLOCK_ROWS,
-                    CHUNKS,
-                    LANES,
-                    PIECE,
-                    FULL,
-                )
+                    FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE,
+                    FULL, "evict_first",
+                )  # fmt: skip
         if stage < LAST - 1:
             tl.debug_barrier()
         if stage == reduction_count(FORMULAS):
@@ -479,7 +477,7 @@ def pointwise(elements, scalars, integers, outputs, TOTAL, FORMULAS: tl.constexp
     for i in tl.static_range(REPEAT):
         for j in tl.static_range(len(outputs)):
             value = evaluate(FORMULAS, "outputs", j, tiles[i], scalars + integers, (), offsets[i], (BLOCK,))
-            _store(outputs[j] + offsets[i], value, offsets[i] < TOTAL)
+            _store(outputs[j] + offsets[i], value, offsets[i] < TOTAL, "")
 
 
 @triton.jit
@@ -534,7 +532,7 @@ def column_sums(
         sums = added
     for i in tl.static_range(len(targets)):
         total = _column_tree(_tree_of(sums[i :: len(targets)]))
-        _store(targets[i] + target.to(tl.int64) * N + column, canonical(total), column < N)
+        _store(targets[i] + target.to(tl.int64) * N + column, canonical(total), column < N, "")
 
 
 @triton.jit(do_not_specialize=["count", "N"], do_not_specialize_on_alignment=["sources", "targets"])
@@ -547,4 +545,4 @@ def column_tree(sources, targets, count, N, GROUP: tl.constexpr, BLOCK_N: tl.con
     for i in tl.static_range(len(sources)):
         inside = (row < count) & (column < N)
         values = tl.load(sources[i] + row.to(tl.int64) * N + column, mask=inside, other=0.0)
-        _store(targets[i] + group.to(tl.int64) * N + column, canonical(_column_tree(values)), column < N)
+        _store(targets[i] + group.to(tl.int64) * N + column, canonical(_column_tree(values)), column < N, "")

@@ -39,7 +39,8 @@ def interpreted(module: ModuleType) -> ModuleType:
     assert spec.loader is not None
     copy = importlib.util.module_from_spec(spec)
     sys.modules[name] = copy
-    with mock.patch.object(triton.knobs.runtime, "interpret", True):
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
         spec.loader.exec_module(copy)
     for key, value in vars(copy).items():
         if tl.core.is_builtin(value):
