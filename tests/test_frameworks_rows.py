@@ -61,10 +61,15 @@ def with_gradients(call, wanted):
     return both
 
 
+def wanted_gradients(call):
+    """Positions of the tensors that a gradient is asked for."""
+    floats = [i for i, shape in enumerate(call.shapes) if shape is not None and call.ids != (i, *(call.ids or ())[1:])]
+    return [i for i in floats if i not in call.fixed] if call.differentiable else []
+
+
 @pytest.mark.parametrize(("call", "dtype"), [(call, list(FORMATS)[i % 3]) for i, call in enumerate(CALLS)], ids=str)
 def test_outputs_and_gradients(call, dtype):
-    floats = [i for i, shape in enumerate(call.shapes) if shape is not None and call.ids != (i, *(call.ids or ())[1:])]
-    wanted = [i for i in floats if i not in call.fixed] if call.differentiable else []
+    wanted = wanted_gradients(call)
     both = with_gradients(call, wanted)
     for kind in ("normal", "wide", "bits"):
         args = call.arguments(dtype, kind)

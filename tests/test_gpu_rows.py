@@ -26,7 +26,11 @@ from shared_specs.reference.arithmetic import NumpyArithmetic
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ColumnProgram
 from shared_specs.verification.rows import RowCase
-from tests.arrays import DTYPES, assert_same, integers, to_torch
+from tests.arrays import DTYPES, NAMES, assert_same, draw, integers, to_torch
+from tests.row_calls import ROW_CALLS
+from tests.test_frameworks_rows import assert_same as same_in_jax
+from tests.test_frameworks_rows import call_in, leaves, wanted_gradients, with_gradients
+from tests.test_frameworks_rows import to_jax as bits_to_jax
 
 pytestmark = pytest.mark.gpu
 
@@ -173,6 +177,42 @@ def test_more_than_2_to_the_31_elements():
     x[-3:].normal_()
     y = bi_torch.softmax(x, -1)
     assert_same(y[-3:], bi_torch.softmax(x[-3:].clone(), -1))
+
+
+def test_public_functions_and_gradients():
+    """On the GPU, in both frameworks, the bits of PyTorch's CPU engine."""
+
+    def check(call, dtype):
+        wanted = wanted_gradients(call)
+        both = with_gradients(call, wanted)
+        for kind in ("normal", "bits"):
+            args = call.arguments(dtype, kind)
+            in_jax, on_gpu = bits_to_jax(args), to_cuda(args)
+            results = []
+            for tensors in (args, on_gpu):
+                for i in wanted:
+                    tensors[i].requires_grad_()
+                outputs = leaves(call_in(bi_torch, call, tensors))
+                cotangents = [draw(*y.shape, dtype=NAMES[y.dtype], kind=kind, seed=9 + i) for i, y in enumerate(outputs)]
+                moved = [x.to(y.device) for x, y in zip(cotangents, outputs, strict=True)]
+                gradients = torch.autograd.grad(outputs, [tensors[i] for i in wanted], moved) if wanted else []
+                results.append([*outputs, *gradients])
+            expected, actual = results
+            for got, want in zip(actual, expected, strict=True):
+                assert_same(got.cpu(), want)
+            if call.name.endswith("_"):
+                continue
+            outputs, pulled = both(in_jax, bits_to_jax(cotangents))
+            for got, want in zip((*outputs, *pulled), expected, strict=True):
+                same_in_jax(got, want)
+
+    on_threads(check, [(call, list(FORMATS)[i % 3]) for i, call in enumerate(ROW_CALLS)])
+
+
+def to_cuda(x):
+    if isinstance(x, list):
+        return [to_cuda(y) for y in x]
+    return x.detach().cuda() if isinstance(x, torch.Tensor) else x
 
 
 FUNCTIONS = {
