@@ -12,12 +12,15 @@ class RowSchedule:
         warps: warps of a thread block.
         blocks_per_row: thread blocks that share the segments of a row; more than one only where rows are few and long.
         persistent: thread blocks walk over the rows instead of being one to each.
+        cooperative: there is a thread block for every segment, and those of a row wait for each other inside one launch, so
+            that the row is read once; otherwise blocks that share a row meet between launches. `blocks_per_row` is not used.
     """
 
     block_rows: int = 1
     warps: int = 4
     blocks_per_row: int = 1
     persistent: bool = False
+    cooperative: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_rows", "warps"):

@@ -1,6 +1,8 @@
 """The Triton row kernels: run on a CPU, against the reference model, bit for bit; and compiled for an H100, read as PTX."""
 
 import re
+import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from bi_torch.rows import cuda, triton_kernels
+from bi_torch.rows import cuda, triton_kernels, triton_shared_rows
 from shared_specs.programs import norm, optimizer, pointwise, reduce, softmax
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ColumnProgram
@@ -18,6 +20,9 @@ from tests.interpreters.triton import gpu_arithmetic, interpreted
 from tests.row_programs import COLUMN_PROGRAMS, ROW_PROGRAMS, SCALARS, draw_inputs, expected
 
 KERNELS = interpreted(triton_kernels)
+with mock.patch.dict(sys.modules, {triton_kernels.__name__: KERNELS}):
+    SHARED = interpreted(triton_shared_rows)
+SHARED._meet = lambda counter, count: None
 TARGET = GPUTarget("cuda", 90, 32)
 
 
@@ -35,11 +40,21 @@ def planned(program, inputs, out_dtypes, schedule=None, outs=None, scalars=SCALA
 
 
 def run(*args, **options):
-    """Launch in the interpreter what the CUDA path would launch."""
+    """Launch in the interpreter what the CUDA path would launch.
+
+    The interpreter runs one program after another, so none can wait for the next. Programs that would wait go on with what
+    they find, and run again: after each time one more reduction is complete.
+    """
     plan, call = planned(*args, **options)
     with gpu_arithmetic():
         for launch in plan.launches:
-            getattr(KERNELS, launch.kernel.__name__)[(launch.grid,)](*launch.arguments(call), **launch.options)
+            module, times = KERNELS, 1
+            if launch.kernel is triton_shared_rows.rows_shared:
+                module, times = SHARED, 1 + len(args[0].reductions)
+            for _ in range(times):
+                if call.counters is not None:
+                    call.counters.zero_()
+                getattr(module, launch.kernel.__name__)[(launch.grid,)](*launch.arguments(call), **launch.options)
     return call.outputs
 
 
@@ -97,6 +112,8 @@ def test_widths(n):
         (20000, RowSchedule(warps=2)),
         (20000, RowSchedule(warps=4, blocks_per_row=2)),
         (20000, RowSchedule(warps=8, blocks_per_row=9)),
+        (20000, RowSchedule(warps=8, cooperative=True)),
+        (9000, RowSchedule(cooperative=True)),
     ],
     ids=repr,
 )
@@ -186,7 +203,11 @@ def test_ids_outside_the_row(ids):
 
 @pytest.mark.parametrize(
     ("program", "n", "schedule"),
-    [(reduce.SUM, 100, RowSchedule(blocks_per_row=2)), (reduce.SUM, 9000, RowSchedule(block_rows=2))],
+    [
+        (reduce.SUM, 100, RowSchedule(blocks_per_row=2)),
+        (reduce.SUM, 9000, RowSchedule(block_rows=2)),
+        (reduce.SUM, 200 * 8192, RowSchedule(cooperative=True)),
+    ],
 )
 def test_schedules_that_no_row_allows_raise(program, n, schedule):
     with pytest.raises(ValueError, match=program.name):
@@ -237,6 +258,15 @@ def test_compiled_for_an_h100(program, rows, n, dtype, schedule):
         if kernel.metadata.name != "column_tree":
             assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
             assert not re.search(r"ld\.global\S*(hint\.b32|\.v2\.b32|\.b16)", ptx)
+
+
+def test_programs_of_a_row_meet():
+    """Each reduction: what a program stores is released, and seen after an acquiring load, not through the L1 cache."""
+    (kernel,) = compiled(softmax.SOFTMAX, 4, 151936, "float32", RowSchedule(1, 8, cooperative=True))
+    ptx = kernel.asm["ptx"]
+    assert ptx.count("atom.global.gpu.acq_rel.add") == ptx.count("ld.global.gpu.acquire") == 1
+    assert "atom.global.gpu.relaxed.add" in ptx
+    assert ptx.count("ld.global.cg") >= 2
 
 
 def test_only_the_program_asks_for_fma():

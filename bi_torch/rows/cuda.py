@@ -15,6 +15,7 @@ import triton
 
 from bi_torch.rows import triton_kernels
 from bi_torch.rows.schedule import (
+    MOST_COOPERATING,
     column_cover,
     is_resident,
     power_of_two,
@@ -23,6 +24,7 @@ from bi_torch.rows.schedule import (
     step_segments,
 )
 from bi_torch.rows.triton_arithmetic import Formulas
+from bi_torch.rows.triton_shared_rows import rows_shared
 from shared_specs import ARCHITECTURES
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
@@ -118,6 +120,7 @@ class _Call:
     integers: tuple[int, ...]
     outputs: dict[str, torch.Tensor]
     workspace: tuple[torch.Tensor, ...]
+    counters: torch.Tensor | None
 
 
 @dataclass
@@ -163,6 +166,7 @@ class _Plan:
         launches: in order.
         outputs: (name, shape, dtype) of every output.
         workspace: sizes of the float32 buffers.
+        counters: size of an int32 buffer of zeros.
         contiguous: which inputs have to be made so first, by position.
     """
 
@@ -170,6 +174,7 @@ class _Plan:
     outputs: list[tuple[str, tuple[int, ...], torch.dtype]]
     workspace: list[int]
     contiguous: list[int]
+    counters: int = 0
 
     def launch(self, device: int, call: _Call) -> None:
         for launch in self.launches:
@@ -200,6 +205,7 @@ def _call(
             for name, shape, dtype in plan.outputs
         },
         tuple(torch.empty(size, dtype=torch.float32, device=device) for size in plan.workspace),
+        torch.zeros(plan.counters, dtype=torch.int32, device=device) if plan.counters else None,
     )
 
 
@@ -291,7 +297,7 @@ def _rows_plan(
     strides, output_strides = (tuple(pitch // unit for pitch in of) for of in (pitches, output_pitches))
     vector = _vector(*given[: shape.elements], *(dtype for _, extents, dtype in outputs if len(extents) == 2))
 
-    schedule = schedule or row_schedule(rows, n, shape.elements, vector)
+    schedule = schedule or row_schedule(rows, n, shape.elements, vector, len(program.reductions))
     if n <= ROW_CONTRACT.segment and schedule.blocks_per_row > 1:
         raise ValueError(f"{program.name}: blocks share segments, a row of {n} elements has one")
     if n > ROW_CONTRACT.segment and schedule.block_rows > 1:
@@ -316,9 +322,43 @@ def _rows_plan(
             cover.piece, ROW_CONTRACT.segment, schedule.persistent,
         )  # fmt: skip
         plan.launches.append(_Launch(triton_kernels.rows_resident, grid, lambda call: (*tensors(call), *tail), schedule.warps))
+    elif schedule.cooperative:
+        _add_shared(plan, shape, schedule, kinds, constants, vector, tensors)
     else:
         _add_stages(plan, shape, schedule, kinds, constants, vector, tensors)
     return plan
+
+
+def _add_shared(
+    plan: _Plan,
+    shape: _Shape,
+    schedule: RowSchedule,
+    kinds: tuple[str, ...],
+    constants: tuple[Any, ...],
+    vector: int,
+    tensors: Callable[[_Call], tuple[Any, ...]],
+) -> None:
+    """The launch of `rows_shared`."""
+    rows, n = shape.rows, shape.n
+    segments = ROW_CONTRACT.segments(n)
+    if segments > MOST_COOPERATING or schedule.block_rows > 1:
+        raise ValueError(f"{shape.program.name}: at most {MOST_COOPERATING} blocks of one row can wait for each other")
+    cover = row_cover(n, schedule, vector, 1)
+    plan.workspace = [rows * segments for kind in kinds for _ in range(_components(kind))]
+    plan.counters = 1 + rows * len(kinds)
+    tail = (
+        rows, n // constants[-1], segments, *constants, cover.chunks if n % cover.width == 0 else 0, cover.chunks, cover.lanes,
+        cover.piece, ROW_CONTRACT.segment, power_of_two(segments),
+    )  # fmt: skip
+
+    def arguments(call: _Call) -> tuple[Any, ...]:
+        partials, rest = [], list(call.workspace)
+        for kind in kinds:
+            partials.append(tuple(rest[: _components(kind)]))
+            del rest[: _components(kind)]
+        return (*tensors(call), tuple(partials), call.counters, *tail)
+
+    plan.launches.append(_Launch(rows_shared, rows * segments, arguments, schedule.warps))
 
 
 def _add_stages(

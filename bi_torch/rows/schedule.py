@@ -16,6 +16,9 @@ MOST_VALUES = 64
 
 MOST_WARPS = 16
 
+MOST_COOPERATING = 128
+"""Segments of a row whose programs may wait for each other: no more than the multiprocessors of any Hopper GPU."""
+
 PROGRAMS = 256
 """Thread blocks below which a GPU of 132 multiprocessors idles."""
 
@@ -67,10 +70,11 @@ def step_segments(schedule: RowSchedule, elements: int) -> int:
 def is_resident(n: int, schedule: RowSchedule, elements: int) -> bool:
     """Whether whole rows fit into the registers of a thread block."""
     values = power_of_two(n) * power_of_two(elements) * schedule.block_rows
-    return schedule.blocks_per_row == 1 and (n <= ROW_CONTRACT.segment or values <= 32 * schedule.warps * MOST_VALUES)
+    alone = schedule.blocks_per_row == 1 and not schedule.cooperative
+    return alone and (n <= ROW_CONTRACT.segment or values <= 32 * schedule.warps * MOST_VALUES)
 
 
-def row_schedule(rows: int, n: int, elements: int, vector: int) -> RowSchedule:
+def row_schedule(rows: int, n: int, elements: int, vector: int, reductions: int) -> RowSchedule:
     """The default schedule for [rows, n] with this many inputs of that shape, `vector` elements in an access.
 
     A thread gets `VALUES` elements, but rather more of them than accesses that are narrower than they can be.
@@ -84,7 +88,12 @@ def row_schedule(rows: int, n: int, elements: int, vector: int) -> RowSchedule:
         lanes = block_rows * power_of_two(ROW_CONTRACT.segments(n)) * ROW_CONTRACT.lanes_for(n)
         widest = max(lanes // (32 * vector), values // (32 * MOST_VALUES))
         return RowSchedule(block_rows, max(4, min(values // (32 * VALUES), widest)))
-    return RowSchedule(1, 8, blocks_per_row=max(1, min(ROW_CONTRACT.segments(n), PROGRAMS // max(1, rows))))
+    segments = ROW_CONTRACT.segments(n)
+    if not reductions:
+        return RowSchedule(1, 8, blocks_per_row=segments)
+    if segments <= MOST_COOPERATING:
+        return RowSchedule(1, 8, cooperative=True)
+    return RowSchedule(1, 8, blocks_per_row=max(1, min(segments, PROGRAMS // max(1, rows))))
 
 
 def column_cover(rows: int, n: int, vector: int, group: int | None = None) -> tuple[int, int, int]:

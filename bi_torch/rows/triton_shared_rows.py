@@ -1,0 +1,84 @@
+"""Rows of many segments that are read once: a Triton kernel whose programs wait for each other.
+
+A program takes one segment of a row and keeps it in registers. It leaves its segment's result in memory, waits until every
+program of the row has done so, reads all of them and evaluates the contract's tree over segments; so do the others. Then it
+goes on to the next reduction or to the outputs. Which program takes which segment cannot matter to the bits.
+
+Programs take their work from a ticket counter, in the order in which they start. A program that waits therefore waits for
+programs that run, or that will run as soon as one of an earlier row ends; those of earlier rows all run and wait for nobody
+else. So the kernel ends if as many programs as a row has segments fit on the GPU at a time.
+"""
+
+import triton
+import triton.language as tl
+
+from bi_torch.rows.triton_arithmetic import kind_of, reduction_count
+from bi_torch.rows.triton_kernels import (
+    _fill,
+    _load,
+    _row_pointers,
+    _row_result,
+    _row_values,
+    _segment_results,
+    _store_outputs,
+    _store_row_outputs,
+)
+
+
+@triton.jit
+def _meet(counter, count):
+    """Wait until `count` programs are here; what they stored before can be loaded after."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel") + 1
+    while arrived < count:
+        arrived = tl.atomic_add(counter, 0, sem="acquire")
+    tl.debug_barrier()
+
+
+@triton.jit
+def _gathered(KIND: tl.constexpr, partials, row, count, COUNT: tl.constexpr):
+    """A row's result from those of its segments, which other multiprocessors stored: not through the L1 cache."""
+    index = tl.arange(0, COUNT)[None, None, :]
+    results = ()
+    for i in tl.static_range(len(partials)):
+        fill = 0.0 if i == 1 else _fill(KIND)
+        results = results + (tl.load(partials[i] + row * count + index, mask=index < count, other=fill, cache_modifier=".cg"),)
+    return _row_result(KIND, results)
+
+
+@triton.jit(
+    do_not_specialize=["strides", "output_strides", "integers", "R", "N", "segments"],
+    do_not_specialize_on_alignment=["partials", "counters"],
+)
+def rows_shared(
+    elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs, partials, counters,
+    R, N, segments,
+    FORMULAS: tl.constexpr, GATHERED: tl.constexpr, UNIT: tl.constexpr, FULL: tl.constexpr,
+    CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, SEGMENT: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """One segment of one row, from loads to stores in registers.
+
+    `partials[i]` takes the segments' results of reduction i, [R, segments]; `counters` is zero: the ticket, then a counter for
+    every row and reduction. COUNT is a power of two that holds `segments`.
+    """
+    N = N * UNIT
+    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    row = (ticket // segments).to(tl.int64)
+    segment = ticket % segments + tl.arange(0, 1)[None, :, None]
+    base = segment * SEGMENT
+    pointers = _row_pointers(elements, strides, row, UNIT)
+    tiles = _load(pointers, base, N, 1, CHUNKS, LANES, PIECE, FULL, "evict_first")
+    row_values = _row_values(row, pointers, rows, ids, scalars, integers, N, GATHERED)
+    reduced = ()
+    for i in tl.static_range(reduction_count(FORMULAS)):
+        results = _segment_results(FORMULAS, i, tiles, columns, row_values, reduced, base, N, 1, CHUNKS, LANES, PIECE, FULL)
+        for j in tl.static_range(len(results)):
+            tl.store(partials[i][j] + row * segments + segment, results[j])
+        _meet(counters + 1 + row * reduction_count(FORMULAS) + i, segments)
+        reduced = reduced + (_gathered(kind_of(FORMULAS, i), partials[i], row, segments, COUNT),)
+    targets = _row_pointers(outputs, output_strides, row, UNIT)
+    _store_outputs(
+        FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, 1, CHUNKS, LANES, PIECE, FULL, "evict_first",
+    )  # fmt: skip
+    if ticket % segments == 0:
+        _store_row_outputs(FORMULAS, row_outputs, row_values, reduced, row, R, 1)
