@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from bi_jax.rows.mosaic_columns import ColumnPass
 from bi_jax.rows.mosaic_columns import kernel as columns_kernel
-from bi_jax.rows.mosaic_kernel import SEGMENT, Plan, kernel, partial_count
+from bi_jax.rows.mosaic_kernel import COUNTERS, SEGMENT, Plan, kernel, partial_count
 from bi_jax.rows.warpgroup import CHUNK, THREADS, VECTOR
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
@@ -21,6 +21,8 @@ SMS = 132
 """Of an H100."""
 REGISTERS, MAX_REGISTERS = 65_536, 256
 """Of an SM, and of a thread."""
+MAX_TOGETHER = 32
+"""Segments of a row whose warpgroups wait for one another: of 255 registers a thread, 16 SMs hold as many."""
 MAX_ROW = 2**31 - 1
 """Elements of a row, and rows: what an int32 counts."""
 MAX_COLUMNS, MIN_COLUMNS = 256, 32
@@ -136,15 +138,19 @@ def row_plan(
     if segments == 1:
         groups = pl.cdiv(schedule.block_rows, warpgroups * (CHUNK // lanes))
     else:
-        row_warpgroups, blocks = warpgroups // schedule.block_rows, schedule.blocks_per_row
+        row_warpgroups, blocks = warpgroups // schedule.block_rows, 1 if schedule.cooperative else schedule.blocks_per_row
         if row_warpgroups == 0:
             raise ValueError(f"each of {schedule.block_rows} rows of {n} elements needs a warpgroup, there are {warpgroups}")
+        if schedule.cooperative and not (program.reductions and segments <= MAX_TOGETHER):
+            raise ValueError(f"only reductions of rows of up to {MAX_TOGETHER} segments are cooperative, a row has {segments}")
         if program.reductions and segments > CHUNK and blocks == 1:
             raise ValueError(f"a row of {n} elements needs blocks_per_row > 1")
-    total = pl.cdiv(rows, warpgroups // row_warpgroups * groups * (CHUNK // lanes)) * blocks
-    grid = max(1, min(total, SMS * max(1, 16 // warpgroups)) if schedule.persistent else total)
-    plan = Plan(program, rows, n, count, tail, *named, lanes, groups, warpgroups, row_warpgroups, blocks, False, False, grid)
-    return dataclasses.replace(plan, **_what_stays_in_registers(plan))
+    together = schedule.cooperative and segments > 1
+    static = program, rows, n, count, tail, *named, lanes, groups, warpgroups, row_warpgroups, blocks, together
+    plan = Plan(*static, held=False, keeps=False, grid=1)
+    most = SMS * max(1, (4 if together else 16) // warpgroups)
+    grid = max(1, min(plan.block_groups, most) if schedule.persistent or together else plan.block_groups)
+    return dataclasses.replace(plan, grid=grid, **_what_stays_in_registers(plan))
 
 
 def _what_stays_in_registers(plan: Plan) -> dict[str, bool]:
@@ -163,8 +169,9 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
     """A schedule that keeps enough loads under way: some 32 KiB an SM.
 
     Rows of one segment: a warpgroup a block, with as many rows as make four chunks. Longer rows: blocks of four warpgroups,
-    for two rows of two segments, or for one row; and more blocks a row where there are fewer rows than SMs, or where nothing
-    but outputs is to be computed.
+    which bounds the registers of a thread. Up to four segments stay within a block; where they are more, or rows are few,
+    warpgroups wait for one another, each on its own, so that some compute while others load. Where nothing but outputs is to
+    be computed, segments are as good as rows.
     """
     segments = ROW_CONTRACT.segments(n)
     if segments == 1:
@@ -176,30 +183,41 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
     warpgroups = min(4, 1 << (segments - 1).bit_length())
     if not program.reductions:
         return RowSchedule(warps=4, blocks_per_row=segments)
+    if segments <= MAX_TOGETHER and (segments > warpgroups or rows < SMS):
+        if rows * segments <= 4 * SMS:
+            return RowSchedule(warps=4, cooperative=True)
+        return RowSchedule(warps=16, cooperative=True)
     blocks = 1
-    while (rows * blocks < SMS and blocks * warpgroups < segments) or (segments > CHUNK and blocks < 2):
+    while segments > MAX_TOGETHER and (blocks < 2 or (rows * blocks < SMS and blocks * warpgroups < segments)):
         blocks *= 2
     return RowSchedule(block_rows=4 // warpgroups, warps=16, blocks_per_row=blocks)
 
 
 def row_workspace_bytes(plan: Plan) -> int:
-    """Bytes that a row program allocates beside its outputs: the results of segments, where blocks share a row."""
-    if plan.blocks == 1 or plan.segments == 1:
+    """Bytes that a row program allocates beside its outputs: the results of segments, where blocks share a row; counters."""
+    if plan.segments == 1 or not (plan.together or plan.blocks > 1):
         return 0
-    return 4 * plan.rows * plan.segments * sum(map(partial_count, plan.formulas.stages))
+    counters = plan.rows + 1 if plan.together else 0
+    return 4 * (plan.rows * plan.segments * sum(map(partial_count, plan.formulas.stages)) + counters)
 
 
 def _launch(plan: Plan, operands: Arrays, rows: int, n: int) -> Arrays:
     """Run all phases: in one kernel, or in one for each reduction and one for the outputs."""
     stages = plan.formulas.stages
+    size = plan.rows * plan.segments
+    partials = [{f"{i}.{j}": (size, "float32") for j in range(partial_count(stage))} for i, stage in enumerate(stages)]
     last = len(stages)
     outputs = {name: (rows * n, dtype) for name, dtype in plan.out_dtypes}
     outputs |= dict.fromkeys(plan.program.row_outputs, (rows, "float32"))
+    if plan.together:
+        counters: Any = jax.new_ref(jnp.zeros(plan.rows + 1, jnp.int32))
+        workspace = {name: shape for stage in partials for name, shape in stage.items()}
+        results = _call(plan, range(last + 1), {**operands, COUNTERS: counters}, outputs | workspace)
+        return {name: results[name] for name in outputs}
     if plan.blocks == 1 or not stages:
         return _call(plan, range(last + 1), operands, outputs)
-    for i, stage in enumerate(stages):
-        partials = {f"{i}.{j}": (plan.rows * plan.segments, "float32") for j in range(partial_count(stage))}
-        operands = {**operands, **_call(plan, range(i, i + 1), operands, partials)}
+    for i, stage in enumerate(partials):
+        operands = {**operands, **_call(plan, range(i, i + 1), operands, stage)}
     return _call(plan, range(last, last + 1), operands, outputs)
 
 

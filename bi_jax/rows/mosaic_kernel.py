@@ -9,8 +9,12 @@ come last, where a thread has some of both); so is the tree over segments. Formu
 end counts as a zero, or as an infinity for maxima and minima.
 
 - A row of one segment stays in the registers of one warpgroup. A block has several warpgroups for more rows.
-- The segments of a longer row are dealt out to the warpgroups of one block, which meet in shared memory; or to several
-  blocks, which leave the results of their segments in memory for the next kernel (`Plan.blocks` > 1).
+- The segments of a longer row are dealt out to the warpgroups of one block, which meet in shared memory; or to those of
+  several blocks, which leave the results of their segments in memory for the next kernel (`Plan.blocks` > 1).
+- Or each warpgroup takes one segment of a longer row, keeps it, and waits until the row's other segments have left their
+  results in memory (`Plan.together`). Tickets say which segment is next, and a warpgroup goes on until there is none, so those
+  that it waits for are taken, or will be by warpgroups that wait for earlier rows at most: as many as a row has segments must
+  fit on the GPU at a time.
 - Elementwise programs run as rows of one chunk, whatever the shape; what is left over is the `tail`.
 """
 
@@ -29,10 +33,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from bi_jax.rows.formulas import FILL, Combination, Formulas, Stage, Step, fold, row_formulas
 from bi_jax.rows.ptx import Level, Node
 from bi_jax.rows.values import Chunk, Scope, dtype_of, tree
-from bi_jax.rows.warpgroup import ACCESS, CHUNK, VECTOR, Columns, Load, LoadValue, Place, Ref, Store, StoreValue, Sync, width
+from bi_jax.rows.warpgroup import (
+    ACCESS,
+    CHUNK,
+    VECTOR,
+    Arrive,
+    Await,
+    Columns,
+    Load,
+    LoadValue,
+    Place,
+    Ref,
+    Store,
+    StoreValue,
+    Sync,
+    Ticket,
+    width,
+)
 from shared_specs.rows import ROW_CONTRACT, RowProgram
 
 SEGMENT = ROW_CONTRACT.segment
+COUNTERS = "counters"
+"""Zeros, int32, to be changed: how many segments of each row have arrived, and the next ticket."""
 
 assert ROW_CONTRACT.lanes == CHUNK, ROW_CONTRACT
 
@@ -52,6 +74,7 @@ class Plan:
         warpgroups: of a block.
         row_warpgroups: of them, those that share a row.
         blocks: that share a row.
+        together: every segment of a row has a warpgroup, which waits for the others within one kernel.
         held: a warpgroup keeps its elements in registers from the first reduction to the outputs.
         keeps: it keeps what is computed from them, too, where that is worth it.
         grid: blocks, each of which walks over row groups.
@@ -69,6 +92,7 @@ class Plan:
     warpgroups: int
     row_warpgroups: int
     blocks: int
+    together: bool
     held: bool
     keeps: bool
     grid: int
@@ -87,9 +111,16 @@ class Plan:
         return pl.cdiv(self.rows, self.block_rows)
 
     @property
+    def block_groups(self) -> int:
+        """How often a block does its work, over all blocks."""
+        if self.together:
+            return pl.cdiv(self.rows * self.segments, self.warpgroups)
+        return self.row_groups * self.blocks
+
+    @property
     def workers(self) -> int:
-        """Warpgroups of all blocks that share a row."""
-        return self.blocks * self.row_warpgroups
+        """Warpgroups that share a row."""
+        return self.segments if self.together else self.blocks * self.row_warpgroups
 
     @property
     def formulas(self) -> Formulas:
@@ -212,7 +243,7 @@ class Worker:
 
     # What is done with rows of several segments
 
-    def long_row(self, call: Scope, row: Any, at: Any, worker: Any, phases: range, meet: Callable[[], None]) -> None:
+    def long_row(self, call: Scope, row: Any, at: Any, worker: Any, phases: range, meet: Callable[[int], None]) -> None:
         """The phases of a row: its reductions, then the outputs. Warpgroups `meet` between them.
 
         Args:
@@ -221,7 +252,7 @@ class Worker:
             at: the row of its partial results.
             worker: number of this warpgroup among those that share the row.
             phases: what is done.
-            meet: waits for the other warpgroups.
+            meet: waits for the other warpgroups at the end of a phase.
         """
         if not self.plan.held:
             self._phases(self.row(call, row), row, at, worker, phases, meet, None)
@@ -241,7 +272,7 @@ class Worker:
                 self._phases(scope, row, at, worker, phases, meet, held)
 
     def _phases(
-        self, scope: Scope, row: Any, at: Any, worker: Any, phases: range, meet: Callable[[], None], held: list | None
+        self, scope: Scope, row: Any, at: Any, worker: Any, phases: range, meet: Callable[[int], None], held: list | None
     ) -> None:
         stages = self.formulas.stages
         for phase in range(phases.start):
@@ -255,7 +286,7 @@ class Worker:
                 scope.prepare_for([stages[phase].steps[0].value])
                 self.each_segment(scope, row, worker, held, functools.partial(self._partial, phase, at))
                 if len(phases) > 1:
-                    meet()
+                    meet(phase)
                     self.combine(stages[phase], scope, self.partials[phase], at)
 
     def each_segment(self, scope: Scope, row: Any, worker: Any, held: list | None, run: Callable) -> None:
@@ -324,32 +355,42 @@ class Worker:
     def combine(self, stage: Stage, scope: Scope, refs: Sequence[Ref], at: Any) -> None:
         """The row's results from row `at` of those of its segments."""
         parts = dict(zip(stage.combinations[-1].parts, refs, strict=True))
-        for combination in stage.combinations:
-            scope.values[combination.result] = self._total(combination, scope, parts, at)
 
-    def _total(self, combination: Combination, scope: Scope, parts: Mapping[Node, Ref], at: Any) -> jax.Array:
-        """The tree over segments: of up to 1024 at a time, then over those."""
-        kind, count = combination.kind, self.plan.segments
+        def chunk(first: Any) -> Scope:
+            count = self.plan.segments
 
-        def total(first: Any) -> jax.Array:
             def load(node: Node) -> jax.Array:
                 if node is self.formulas.column:
-                    return Columns(lanes)(first)
-                return Load("float32", Place(count, lanes, end=count), width("float32", count))(parts[node], at, first)
+                    return Columns(_lanes(count))(first)
+                place = Place(count, _lanes(count), end=count)
+                return Load("float32", place, width("float32", count), self.plan.together)(parts[node], at, first)
 
-            lanes, chunk = _lanes(count), Scope(Level.ELEMENT, load, scope)
-            root = self.formulas.masked(combination.value, count, FILL[kind])
-            return tree(kind, chunk.get([root])[0], lanes, self.scratch)
+            return Scope(Level.ELEMENT, load, scope)
 
-        if count <= CHUNK:
-            return total(0)
+        if self.plan.segments > CHUNK:
+            for combination in stage.combinations:
+                scope.values[combination.result] = self._total_of_many(combination, scope, chunk)
+            return
+        own = chunk(0)
+        own.prepare(list(parts))  # all loads are under way before the first is waited for
+        for combination in stage.combinations:
+            scope.values[combination.result] = self._total(combination, own)
+
+    def _total(self, combination: Combination, chunk: Scope) -> jax.Array:
+        """The tree over up to 1024 segments."""
+        root = self.formulas.masked(combination.value, self.plan.segments, FILL[combination.kind])
+        return tree(combination.kind, chunk.get([root])[0], _lanes(self.plan.segments), self.scratch)
+
+    def _total_of_many(self, combination: Combination, scope: Scope, chunk_at: Callable[[Any], Scope]) -> jax.Array:
+        """The tree over segments, 1024 at a time, then over those."""
+        kind, count = combination.kind, self.plan.segments
         totals, groups = self.totals, pl.cdiv(count, CHUNK)
         scope.prepare_for([combination.value])
         Sync()()
 
         @pl.loop(0, groups)
         def _(i: Any) -> None:
-            StoreValue(Place(0))(totals, 0, i, total(i * CHUNK))
+            StoreValue(Place(0))(totals, 0, i, self._total(combination, chunk_at(i * CHUNK)))
 
         Sync()()
         lanes, node = _lanes(groups), self.formulas.listing.input("total", Level.ELEMENT)
@@ -398,11 +439,11 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
     Args:
         plan: of the program.
         phases: the reductions by number, and the outputs as the last; all of them in one kernel unless blocks share a row.
-        inputs: names of the inputs, flat arrays.
+        inputs: names of the inputs, flat arrays; of blocks that run together, with `COUNTERS`.
         outputs: elements and dtype of each output by name; those of partial results are called "0.0", "0.1", ....
     """
     stages = plan.formulas.stages
-    shared = plan.segments > 1 and len(phases) > 1
+    shared = plan.segments > 1 and len(phases) > 1 and not plan.together
     names = [[f"{i}.{j}" for j in range(partial_count(stage))] for i, stage in enumerate(stages)]
     scratch: dict[str, Any] = {"scratch": plgpu.SMEM((plan.warpgroups, CHUNK // VECTOR), jnp.float32)}
     if plan.segments > CHUNK:
@@ -420,6 +461,23 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
         worker = Worker(plan, refs, out_refs, partials, *own)
         call = worker.call()
 
+        def ticket() -> Any:
+            return Ticket()(refs[COUNTERS], own[0], plan.rows)
+
+        def segment(index: Any) -> Any:
+            row, part = _divmod(index, plan.segments)
+
+            def meet(phase: int) -> None:
+                Arrive()(refs[COUNTERS], row)
+                Await()(refs[COUNTERS], row, (phase + 1) * plan.segments)
+
+            worker.long_row(call, row, row, part, phases, meet)
+            return ticket()
+
+        if plan.together:  # a warpgroup must not end while tickets are left: others may wait for who takes them
+            lax.while_loop(lambda index: index < plan.rows * plan.segments, segment, ticket())
+            return
+
         def group(i: Any) -> None:
             index = block + i * plan.grid
             if plan.segments == 1:
@@ -429,7 +487,7 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
             index, part = _divmod(index, plan.blocks)
             row = index * plan.block_rows + slot
 
-            def meet() -> None:
+            def meet(_: int) -> None:
                 plgpu.barrier_arrive(scratch["meeting"].at[slot])
                 plgpu.barrier_wait(scratch["meeting"].at[slot])
 
@@ -437,9 +495,9 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
             def _() -> None:
                 worker.long_row(call, row, slot if shared else row, part * plan.row_warpgroups + member, phases, meet)
                 if shared and plan.grid < plan.row_groups:
-                    meet()  # the partial results may still be read
+                    meet(phases.stop)  # the partial results may still be read
 
-        total = plan.row_groups * plan.blocks
+        total = plan.block_groups
         if plan.grid >= total:
             if total:
                 group(0)

@@ -105,11 +105,15 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Load(Instruction):
-    """(ref, row, column): a chunk, `width` elements at a time; zeros where the array has none."""
+    """(ref, row, column): a chunk, `width` elements at a time; zeros where the array has none.
+
+    `coherent`: the array is written by other blocks of this kernel.
+    """
 
     dtype: str
     place: Place
     width: int
+    coherent: bool = False
 
     references = 1
 
@@ -123,7 +127,8 @@ class Load(Instruction):
         for first in range(0, VECTOR, self.width):
             at = arith.addi(column, _i32(self.place.lane(first)))
             address = _address(ref, self.place.offset(row, at))
-            words += _load(address, self.place.inside(row, at), self.width * utils.bytewidth(element), _space(ref))
+            size, space = self.width * utils.bytewidth(element), _space(ref)
+            words += _load(address, self.place.inside(row, at), size, space, self.coherent and space == "global")
         return _fragments(_bitcast_words(words, element), self.dtype)
 
 
@@ -319,6 +324,70 @@ class Sync(Instruction):
 
 
 @dataclass(frozen=True)
+class Ticket(Instruction):
+    """(counters, scratch, index): what a counter in global memory was, before one was added; the same for all threads."""
+
+    references = 2
+
+    def result(self, counters, scratch, index):
+        return _array((), "int32")
+
+    def emit(self, context, counters, scratch, index):
+        shared = utils.memref_ptr(scratch)
+        address = _address(counters, _scalar(index))
+        utils.warpgroup_barrier()  # the scratch may still be read
+        with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+            text = "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;"
+            (ticket,) = _assembly(text, "=r,l", [_i32_type()], [address], side_effects=True)
+            llvm.store(ticket, shared)
+        utils.warpgroup_barrier()
+        return mgpu.FragmentedArray.splat(llvm.load(_i32_type(), shared), (), is_signed=True)
+
+
+@dataclass(frozen=True)
+class Arrive(Instruction):
+    """(counters, index): add one to a counter in global memory, for others to see what `StoreValue` wrote before."""
+
+    references = 1
+
+    def result(self, counters, index):
+        return ()
+
+    def emit(self, context, counters, index):
+        text = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p red.release.gpu.global.add.u32 [$0], 1; }"
+        first = arith.extui(_i32_type(), _compare("eq", _thread(), _i32(0)))  # the thread that stores values
+        _assembly(text, "l,r", [], [_address(counters, _scalar(index)), first])
+        return ()
+
+
+@dataclass(frozen=True)
+class Await(Instruction):
+    """(counters, index, count): wait until a counter is at least `count`; what was stored before can be read afterwards."""
+
+    references = 1
+
+    def result(self, counters, index, count):
+        return ()
+
+    def emit(self, context, counters, index, count):
+        text = """{
+            .reg .pred p;
+            .reg .b32 seen;
+            setp.eq.b32 p, $2, 0;
+            @p bra DONE;
+            AGAIN:
+            ld.acquire.gpu.global.u32 seen, [$0];
+            setp.lt.u32 p, seen, $1;
+            @p bra AGAIN;
+            DONE:
+        }"""
+        first = arith.extui(_i32_type(), _compare("eq", _thread(), _i32(0)))
+        _assembly(text, "l,r,r", [], [_address(counters, _scalar(index)), _scalar(count), first])
+        utils.warpgroup_barrier()
+        return ()
+
+
+@dataclass(frozen=True)
 class Evaluate(Instruction):
     """(*inputs): the outputs of `block`, for every element or for every thread.
 
@@ -467,13 +536,13 @@ def _address(ref: ir.Value, offset: ir.Value) -> ir.Value:
     return llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer)
 
 
-def _load(address: ir.Value, inside: ir.Value | None, size: int, space: str) -> list[ir.Value]:
+def _load(address: ir.Value, inside: ir.Value | None, size: int, space: str, coherent: bool = False) -> list[ir.Value]:
     """`size` bytes as integers of up to 4 bytes, or zeros."""
     bits = 8 * min(size, 4)
     count = max(size // 4, 1)
     outputs = [f"${i}" for i in range(count)]
     vector, listed = (f".v{count}", f"{{{', '.join(outputs)}}}") if count > 1 else ("", outputs[0])
-    kind = f"{space}.nc" if space == "global" else space
+    kind = "relaxed.gpu.global" if coherent else {"global": "global.nc", "shared": "shared"}[space]
     zeros = " ".join(f"mov.b{bits} {x}, 0;" for x in outputs)
     load = f"ld.{kind}{vector}.b{bits} {listed}, [${count}];"
     register, pointer = "h" if bits == 16 else "r", "r" if space == "shared" else "l"

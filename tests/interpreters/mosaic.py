@@ -8,6 +8,7 @@ registers too, conversions store the canonical NaN, NumPy computes in a thread o
 """
 
 import contextlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -122,7 +123,8 @@ def _inline(self: Any, eqn: Any, token: Any, get_invals: Any) -> tuple[Any, list
     def callback_on_host(token: Any, rows: Any, *args: Any) -> tuple:
         args = [np.asarray(x) for x in args]
         arrays = [_Array(key, row) for key, row in zip(args, rows, strict=False)]
-        results = _WORKER.submit(warpgroup.run, instruction, *arrays, *args[len(arrays) :]).result()
+        while (results := _WORKER.submit(warpgroup.run, instruction, *arrays, *args[len(arrays) :]).result()) is None:
+            time.sleep(0.001)  # for other warpgroups of the block; blocks run one after the other
         return token, *results
 
     shapes = [v.aval for v in eqn.outvars]

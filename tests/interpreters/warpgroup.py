@@ -24,8 +24,8 @@ class Memory(Protocol):
 
 
 @singledispatch
-def run(instruction: Instruction, *args: Memory | np.ndarray) -> list[np.ndarray]:
-    """The results of `instruction`; a `Memory` stands for a reference."""
+def run(instruction: Instruction, *args: Memory | np.ndarray) -> list[np.ndarray] | None:
+    """The results of `instruction`, or None if it has to wait; a `Memory` stands for a reference."""
     raise NotImplementedError(instruction)
 
 
@@ -141,6 +141,28 @@ def _(instruction: warpgroup.Warps, scratch: Memory, x: np.ndarray) -> list[np.n
 @run.register
 def _(instruction: warpgroup.Sync) -> list[np.ndarray]:
     return []
+
+
+def _add_one(counters: Memory, index: np.ndarray) -> np.int32:
+    before = counters.read()[index]
+    counters.write(index, before + 1)
+    return before
+
+
+@run.register
+def _(instruction: warpgroup.Ticket, counters: Memory, scratch: Memory, index: np.ndarray) -> list[np.ndarray]:
+    return [np.asarray(_add_one(counters, index))]
+
+
+@run.register
+def _(instruction: warpgroup.Arrive, counters: Memory, index: np.ndarray) -> list[np.ndarray]:
+    _add_one(counters, index)
+    return []
+
+
+@run.register
+def _(instruction: warpgroup.Await, counters: Memory, index: np.ndarray, count: np.ndarray) -> list[np.ndarray] | None:
+    return [] if counters.read()[index] >= count else None
 
 
 @run.register
