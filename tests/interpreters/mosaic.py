@@ -31,6 +31,9 @@ from shared_specs.formats import FLOAT32
 from shared_specs.reference import tensor_core
 from tests.interpreters import warpgroup
 
+LONGEST_WAIT = 60
+"""Seconds that a warpgroup may wait for another."""
+
 _WORKER = ThreadPoolExecutor(1)
 _WORKER.submit(int).result()  # the thread inherits the floating-point mode of the one that starts it
 
@@ -123,8 +126,10 @@ def _inline(self: Any, eqn: Any, token: Any, get_invals: Any) -> tuple[Any, list
     def callback_on_host(token: Any, rows: Any, *args: Any) -> tuple:
         args = [np.asarray(x) for x in args]
         arrays = [_Array(key, row) for key, row in zip(args, rows, strict=False)]
+        until = time.monotonic() + LONGEST_WAIT
         while (results := _WORKER.submit(warpgroup.run, instruction, *arrays, *args[len(arrays) :]).result()) is None:
-            time.sleep(0.001)  # for other warpgroups of the block; blocks run one after the other
+            assert time.monotonic() < until, "blocks run one after the other: a warpgroup can wait for its own block only"
+            time.sleep(0.001)
         return token, *results
 
     shapes = [v.aval for v in eqn.outvars]
