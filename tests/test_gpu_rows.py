@@ -120,7 +120,8 @@ def test_frameworks_agree_on_large_rows(dtype):
 
 
 SCHEDULES = [RowSchedule(), RowSchedule(warps=8), RowSchedule(warps=2), RowSchedule(block_rows=4), RowSchedule(persistent=True),
-             RowSchedule(blocks_per_row=3), RowSchedule(warps=8, cooperative=True), RowSchedule(block_rows=2, warps=8), RowSchedule(warps=16)]  # fmt: skip
+             RowSchedule(blocks_per_row=3), RowSchedule(warps=8, cooperative=True), RowSchedule(block_rows=2, warps=8),
+             RowSchedule(warps=16)]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,13 @@ def test_compiled_for_an_h100(program, rows, n, dtype, schedule):
             assert not re.search(r"ld\.global\S*(hint\.b32|\.v2\.b32|\.b16)", ptx)
 
 
+@pytest.mark.parametrize("n", [1, 2, 8, 16])
+def test_narrow_rows_compile(n):
+    """Triton turns a stride of 1, in whatever unit, into a constant."""
+    assert list(compiled(softmax.SOFTMAX, 9, n, "float32"))
+    assert list(compiled(norm.COLUMN_SUM, 9, n, "float32"))
+
+
 def test_programs_of_a_row_meet():
     """Each reduction: what a program stores is released, and seen after an acquiring load, not through the L1 cache."""
     (kernel,) = compiled(softmax.SOFTMAX, 4, 151936, "float32", RowSchedule(1, 8, cooperative=True))

@@ -348,7 +348,7 @@ def _add_shared(
     plan.counters = 1 + rows * len(kinds)
     tail = (
         rows, n // constants[-1], segments, *constants, cover.chunks if n % cover.width == 0 else 0, cover.chunks, cover.lanes,
-        cover.piece, ROW_CONTRACT.segment, power_of_two(segments),
+        cover.piece, ROW_CONTRACT.segment, max(power_of_two(segments), 32 * schedule.warps),
     )  # fmt: skip
 
     def arguments(call: _Call) -> tuple[Any, ...]:

@@ -125,7 +125,7 @@ def _row_pointers(pointers, strides, row, UNIT: tl.constexpr):
     """The first element of each row of each matrix."""
     result = ()
     for i in tl.static_range(len(pointers)):
-        result = result + (pointers[i] + row * (strides[i].to(tl.int64) * UNIT),)
+        result = result + (pointers[i] + row * strides[i] * UNIT,)
     return result
 
 
@@ -517,7 +517,7 @@ def column_sums(
             inside = (row < R) & (column < N)
             tile, row_values = (), ()
             for i in tl.static_range(len(elements)):
-                pointer = elements[i] + row * (strides[i].to(tl.int64) * UNIT) + column
+                pointer = elements[i] + row * strides[i] * UNIT + column
                 value = tl.load(pointer) if EVEN else tl.load(pointer, mask=inside, other=0.0)
                 tile = tile + (value.to(tl.float32),)
             for i in tl.static_range(len(rows)):
