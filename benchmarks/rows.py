@@ -173,14 +173,14 @@ def measure_operation(
     for shape in shapes:
         with turn():
             count, distinct = calls_of(*shape)
-            inputs = [operation.arguments(*shape, DTYPES[dtype]) for _ in range(distinct)]
-            inputs = [inputs[i % distinct] for i in range(count)]
-            programs = {column: torch_program(call, inputs) for column, call in contenders.items()}
+            fresh = [operation.arguments(*shape, DTYPES[dtype]) for _ in range(distinct)]
+            rotated = [fresh[i % distinct] for i in range(count)]
+            programs = {column: torch_program(call, rotated) for column, call in contenders.items()}
             if JAX in columns:
-                programs[JAX] = compiled_program(in_jax[shape], [tuple(map(to_jax, args)) for args in inputs])
+                programs[JAX] = compiled_program(in_jax[shape], [tuple(map(to_jax, args)) for args in rotated])
             copy_us = operation.bytes(*shape, itemsize) / rate
             measurements.append(Measurement(name, dtype, *shape, copy_us, microseconds(programs, repeats=3)))
-            del programs, inputs
+            del programs, fresh, rotated
             torch.cuda.empty_cache()
     return measurements
 

@@ -60,8 +60,13 @@ def run_rows(case: RowCase, inputs: Mapping[str, np.ndarray], device: jax.Device
         ids = x.dtype == np.int32
         fmt = float_format("float32" if name in program.rows else case.dtype)
         arrays[name] = jax.device_put(x, device) if ids else _array(x, fmt, device)
-    execute = primitive.run_columns if isinstance(program, ColumnProgram) else primitive.run_rows
-    results = jax.jit(lambda arrays: execute(program, arrays, case.scalars(), case.out_dtypes()))(arrays)
+
+    def execute(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        if isinstance(program, ColumnProgram):
+            return primitive.run_columns(program, arrays, case.scalars(), case.out_dtypes())
+        return primitive.run_rows(program, arrays, case.scalars(), case.out_dtypes())
+
+    results = jax.jit(execute)(arrays)
     return {name: np.asarray(results[name]).view(float_format(dtype).storage) for name, dtype in case.out_dtypes().items()}
 
 

@@ -169,9 +169,9 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
     """A schedule that keeps enough loads under way: some 32 KiB an SM.
 
     Rows of one segment: a warpgroup a block, with as many rows as make four chunks. Longer rows: blocks of four warpgroups,
-    which bounds the registers of a thread. Up to four segments stay within a block; where they are more, or rows are few,
-    warpgroups wait for one another, each on its own, so that some compute while others load. Where nothing but outputs is to
-    be computed, segments are as good as rows.
+    which bounds the registers of a thread. Up to four segments stay within a block; where they are more and are needed again
+    after a reduction, or where rows are few, warpgroups wait for one another, each on its own, so that some compute while
+    others load. Where nothing but outputs is to be computed, segments are as good as rows.
     """
     segments = ROW_CONTRACT.segments(n)
     if segments == 1:
@@ -183,7 +183,8 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
     warpgroups = min(4, 1 << (segments - 1).bit_length())
     if not program.reductions:
         return RowSchedule(warps=4, blocks_per_row=segments)
-    if segments <= MAX_TOGETHER and (segments > warpgroups or rows < SMS):
+    read_again = bool(program.outputs) or len(program.reductions) > 1
+    if segments <= MAX_TOGETHER and (rows < SMS or (segments > warpgroups and read_again)):
         if rows * segments <= 4 * SMS:
             return RowSchedule(warps=4, cooperative=True)
         return RowSchedule(warps=16, cooperative=True)

@@ -92,7 +92,7 @@ def row_schedule(rows: int, n: int, elements: int, vector: int, reductions: int)
     if not reductions:
         return RowSchedule(1, 8, blocks_per_row=segments)
     if segments <= MOST_COOPERATING:
-        return RowSchedule(1, 8, cooperative=True)
+        return RowSchedule(1, 4, cooperative=True)
     return RowSchedule(1, 8, blocks_per_row=max(1, min(segments, PROGRAMS // max(1, rows))))
 
 

@@ -2,9 +2,9 @@
 
 The interpreter multiplies bfloat16 bit patterns as integers, truncates where the GPU rounds, rounds an fma twice and
 keeps NaN payloads, drops NaN and the order of zeros in a maximum, reduces element by element, knows no builtins but its own,
-calls predicates numbers, and cannot read a scalar under NumPy 2.5. This module replaces exactly these: a dot is the reference model's chain,
-conversions round to nearest even, fma, maximum and minimum are those of the reference arithmetic, arithmetic gives the one
-NaN of the GPU, and a reduction halves its axis, after a check that its order cannot matter.
+calls predicates numbers, and cannot read a scalar under NumPy 2.5. This module replaces exactly these: a dot is the reference
+model's chain, conversions round to nearest even, fma, maximum and minimum are those of the reference arithmetic, arithmetic
+gives the one NaN of the GPU, and a reduction halves its axis, after a check that its order cannot matter.
 """
 
 import contextlib
