@@ -1,60 +1,17 @@
 """Every row and column program in every variant, inputs for them, and the reference model on those."""
 
-from itertools import product
-from types import ModuleType
-
 import numpy as np
 import torch
 
 from shared_specs.formats import float_format
 from shared_specs.inputs import operand_bits
-from shared_specs.programs import norm, optimizer, pointwise, reduce, softmax
+from shared_specs.programs import catalogue
+from shared_specs.programs.catalogue import SCALARS
 from shared_specs.reference import rows as reference
 from shared_specs.rows import ColumnProgram, RowProgram
-from tests.arrays import DTYPES, NAMES, to_bits, to_torch
+from tests.arrays import NAMES, to_bits, to_torch
 
-BOOLS = (False, True)
-
-
-def _constants(module: ModuleType, kind: type) -> list:
-    return [value for value in vars(module).values() if isinstance(value, kind)]
-
-
-ROW_PROGRAMS: tuple[RowProgram, ...] = (
-    *(program for module in (reduce, softmax, norm, pointwise, optimizer) for program in _constants(module, RowProgram)),
-    *(norm.layer_norm(*parts) for parts in product(BOOLS, BOOLS)),
-    *(norm.layer_norm_backward(weight) for weight in BOOLS),
-    *(norm.rms_norm(weight) for weight in BOOLS),
-    *(norm.fused_add_rms_norm(weight, dtype) for weight, dtype in product(BOOLS, DTYPES)),
-    *(norm.rms_norm_backward(weight, residual) for weight, residual in product(BOOLS, BOOLS)),
-    *(softmax.token_logprobs(temperature) for temperature in BOOLS),
-    *(softmax.token_logprobs_backward(temperature) for temperature in BOOLS),
-    *(softmax.cross_entropy(smoothing) for smoothing in BOOLS),
-    *(softmax.cross_entropy_backward(smoothing) for smoothing in BOOLS),
-    *(optimizer.sgd(*variant) for variant in product(BOOLS, BOOLS, BOOLS) if variant[0] or not any(variant)),
-)
-
-COLUMN_PROGRAMS: tuple[ColumnProgram, ...] = (
-    norm.RMS_NORM_PARAMETERS,
-    norm.COLUMN_SUM,
-    *(norm.layer_norm_parameters(weight, bias) for weight, bias in product(BOOLS, BOOLS) if weight or bias),
-)
-
-SCALARS = {
-    "eps": 1e-5,
-    "correction": 1.0,
-    "temperature": 0.7,
-    "smoothing": 0.1,
-    "lr": 1e-3,
-    "weight_decay": 0.01,
-    "momentum": 0.9,
-    "dampening": 0.1,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "max_norm": 1.0,
-    "step": 3,
-    "ignore_index": 1,
-}
+ROW_PROGRAMS: tuple[RowProgram, ...] = tuple(program for family in catalogue.ROW_PROGRAMS.values() for program in family)
 
 
 def draw_inputs(

@@ -17,11 +17,12 @@ from bi_jax.rows.cpu_arithmetic import CpuArithmetic
 from shared_specs.formats import FLOAT32, FORMATS, float_format
 from shared_specs.inputs import operand_bits
 from shared_specs.programs import norm, pointwise, reduce, softmax
+from shared_specs.programs.catalogue import COLUMN_PROGRAMS, SCALARS
 from shared_specs.reference import NumpyArithmetic
 from shared_specs.reference import rows as reference
 from shared_specs.rows import ColumnProgram, RowContract
 from tests.interpreters.mosaic import interpreted
-from tests.row_programs import COLUMN_PROGRAMS, ROW_PROGRAMS, SCALARS
+from tests.row_programs import ROW_PROGRAMS
 from tests.test_scalar import fma_triples, patterns
 
 KINDS = ("normal", "wide", "cancel", "subnormal", "zeros", "special", "bits")

@@ -13,13 +13,14 @@ from shared_specs import scalar, sum_exp
 from shared_specs.formats import float_format
 from shared_specs.inputs import KINDS
 from shared_specs.programs import norm, optimizer, pointwise, reduce, softmax
+from shared_specs.programs.catalogue import COLUMN_PROGRAMS, SCALARS
 from shared_specs.reference import rows as reference
 from shared_specs.reference.arithmetic import NumpyArithmetic
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ColumnProgram
 from tests.arrays import DTYPES, NAMES, to_bits
 from tests.interpreters.mosaic import interpreted
-from tests.row_programs import COLUMN_PROGRAMS, ROW_PROGRAMS, SCALARS, draw_inputs, expected
+from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected
 
 by_name = {"ids": lambda program: program.name}
 BLOCKS_SHARE_ROWS = RowSchedule(warps=4, blocks_per_row=2)

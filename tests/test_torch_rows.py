@@ -15,13 +15,14 @@ from bi_torch.rows import embedding as embeddings
 from shared_specs.formats import FORMATS
 from shared_specs.inputs import KINDS
 from shared_specs.programs import norm, optimizer, reduce, softmax
+from shared_specs.programs.catalogue import COLUMN_PROGRAMS, SCALARS
 from shared_specs.reference import NumpyArithmetic
 from shared_specs.rotary import inverse_frequencies
 from shared_specs.rows import ColumnProgram
 from tests.arrays import DTYPES, assert_same, draw
 from tests.interpreters.triton import gpu_arithmetic, interpreted
 from tests.row_calls import ROW_CALLS
-from tests.row_programs import COLUMN_PROGRAMS, ROW_PROGRAMS, SCALARS, draw_inputs, expected
+from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected
 from tests.test_scalar import fma_triples, patterns
 
 dtypes = pytest.mark.parametrize("dtype", FORMATS)

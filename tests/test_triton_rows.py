@@ -13,11 +13,12 @@ from triton.runtime.jit import create_function_from_signature
 
 from bi_torch.rows import cuda, triton_kernels, triton_shared_rows
 from shared_specs.programs import norm, optimizer, pointwise, reduce, softmax
+from shared_specs.programs.catalogue import COLUMN_PROGRAMS, SCALARS
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ColumnProgram
 from tests.arrays import DTYPES, assert_same, to_bits
 from tests.interpreters.triton import gpu_arithmetic, interpreted
-from tests.row_programs import COLUMN_PROGRAMS, ROW_PROGRAMS, SCALARS, draw_inputs, expected
+from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected
 
 KERNELS = interpreted(triton_kernels)
 with mock.patch.dict(sys.modules, {triton_kernels.__name__: KERNELS}):
