@@ -243,6 +243,7 @@ COMPILED = [
     (softmax.SOFTMAX, 4096, 16384, "bfloat16", None),
     (softmax.SOFTMAX, 4, 151936, "float32", None),
     (norm.layer_norm(True, True), 8192, 8192, "float32", None),
+    (norm.layer_norm_backward(True), 65536, 512, "float32", None),
     (norm.rms_norm_backward(True), 16384, 4096, "bfloat16", RowSchedule(block_rows=2)),
     (optimizer.ADAMW, 1, 1 << 20, "bfloat16", None),
     (norm.layer_norm_parameters(True, True), 16384, 4096, "float32", None),

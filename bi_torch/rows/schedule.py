@@ -16,6 +16,10 @@ MOST_VALUES = 64
 
 MOST_WARPS = 16
 
+MOST_TOGETHER = 128
+"""Elements of rows that a block takes several of, in a program of two reductions: with more, Triton spreads the first one's
+results over whole tiles, and they do not fit the registers."""
+
 MOST_COOPERATING = 128
 """Segments of a row whose programs may wait for each other: no more than the multiprocessors of any Hopper GPU."""
 
@@ -83,11 +87,14 @@ def row_schedule(rows: int, n: int, elements: int, vector: int, reductions: int)
     block_rows = max(1, 4 * 32 * VALUES // (power_of_two(n) * elements)) if n <= ROW_CONTRACT.segment else 1
     while block_rows > 1 and rows < PROGRAMS * block_rows:
         block_rows //= 2
+    fewest = 4
+    if reductions > 1 and n * elements > MOST_TOGETHER:
+        block_rows, fewest = 1, max(1, min(4, power_of_two(n) * elements // 256))
     values = block_rows * power_of_two(n) * elements
     if values <= 32 * MOST_WARPS * MOST_VALUES:
         lanes = block_rows * power_of_two(ROW_CONTRACT.segments(n)) * ROW_CONTRACT.lanes_for(n)
         widest = max(lanes // (32 * vector), values // (32 * MOST_VALUES))
-        return RowSchedule(block_rows, max(4, min(values // (32 * VALUES), widest)))
+        return RowSchedule(block_rows, max(fewest, min(values // (32 * VALUES), widest)))
     segments = ROW_CONTRACT.segments(n)
     if not reductions:
         return RowSchedule(1, 8, blocks_per_row=segments)
