@@ -11,8 +11,10 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bi_torch.gemm import cuda
 from shared_specs import GemmSchedule, gemm_contract, schedule_table
@@ -76,3 +78,28 @@ def test_arithmetic_is_rounded_once_and_not_contracted(dtype, schedule):
 def test_products_run_on_the_tensor_core_of_the_contract(dtype, schedule):
     operand = {"bfloat16": "bf16", "float16": "f16", "float32": "bf16"}[dtype]
     assert re.search(rf"(wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+k16\.\S*f32\.{operand}\.{operand}", ptx(dtype, schedule))
+
+
+@pytest.mark.parametrize(("out_shape", "block_n"), [((256, 512), 128), ((256, 515), 128), ((256, 640), 320)])
+def test_kept_tensor_maps_are_what_triton_would_pass(out_shape, block_n, monkeypatch):
+    """The arguments of a launch with encoded maps are those that Triton's own launcher makes of the descriptors."""
+
+    def encode(descriptor, layout):
+        return [("map", descriptor.base.data_ptr(), layout), *descriptor.shape, *descriptor.strides]
+
+    monkeypatch.setattr(driver, "make_tensordesc_arg", encode)
+    monkeypatch.setattr(cuda, "make_tensordesc_arg", encode)
+    m, n = out_shape
+    a, weight, out = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((1, m, 64), (1, n, 64), (1, m, n)))
+    schedule = GemmSchedule(128, block_n, 64, warps=8, stages=3)
+    plan = cuda._plan(a, weight.mT, None, out, False, gemm_contract("bfloat16"), schedule)
+    call = (a, weight.mT, None, out, 1.0, 1.0)
+    described = plan.arguments(cuda._TensorMap.described, *call)
+    signature = {i: "tensordesc<>" if isinstance(x, TensorDescriptor) else "i32" for i, x in enumerate(described)}
+    layouts = [f"layout {i}" for i in range(len(plan.maps))]
+    for tensor_map, layout in zip(plan.maps, layouts, strict=True):
+        tensor_map.layout = layout
+    head = tuple(range(driver._BASE_ARGS_FORMAT_LEN))
+    launched = driver.wrap_handle_tensordesc(lambda *arguments: arguments, signature, layouts)(*head, *described)
+    for _ in range(2):
+        assert plan.arguments(cuda._TensorMap.encoded, *call) == launched[len(head) :]
