@@ -61,6 +61,21 @@ def listing(program: RowProgram | ColumnProgram) -> str:
 
 
 @cache
+def reads(program: RowProgram, name: str) -> bool:
+    """Whether a formula reads `e.<name>`."""
+    return name in listing(program).split()
+
+
+@cache
+def is_elementwise(program: RowProgram) -> bool:
+    """Whether each output element depends on the elements at its place and on scalars alone."""
+    return not (
+        program.reductions or program.columns or program.rows or program.ids or program.row_outputs
+        or reads(program, "column") or reads(program, "count")
+    )  # fmt: skip
+
+
+@cache
 def contract_id(program: RowProgram | ColumnProgram) -> str:
     """A readable name with the SHA-256 of the listing and of the row contract: what two engines compare."""
     digest = hashlib.sha256(f"{ROW_CONTRACT}\n{listing(program)}".encode()).hexdigest()

@@ -7,8 +7,6 @@ the device, as integers. Most of the time goes into compilers; cases that need n
 import functools
 import gc
 import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -27,10 +25,10 @@ from shared_specs.inputs import KINDS
 from tests.arrays import DTYPES, NAMES, assert_same, draw, model, to_torch, views
 from tests.golden.cases import FILE, dot_cases, gemm_cases
 from tests.golden.record import record_dot
+from tests.threads import on_threads
 
 pytestmark = pytest.mark.gpu
 
-THREADS = min(16, os.cpu_count() or 1)
 OPS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear")
 SCALARS = {"addmm": ("alpha", "beta"), "baddbmm": ("alpha", "beta")}
 JITTED = {op: jax.jit(getattr(bi_jax, op), static_argnames=("out_dtype", *SCALARS.get(op, ()))) for op in OPS}
@@ -48,20 +46,6 @@ def pallas(op, *args, out_dtype=None, **options):
 
 def triton(op, *args, **options):
     return getattr(bi_torch, op)(*args, **options)
-
-
-def on_threads(function, cases):
-    """function(case) for every case; the first failure is raised, with the case."""
-
-    def run(case):
-        try:
-            function(case)
-        except Exception as error:
-            error.add_note(f"case: {case}")
-            raise
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(run, cases))
 
 
 def bits_of(*shape, dtype="bfloat16", kind="normal", seed=0):

@@ -4,8 +4,6 @@ Inputs are drawn by PyTorch and shared with JAX; outputs are compared on the dev
 compilers, so cases run on threads.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import jax
@@ -31,25 +29,11 @@ from tests.row_calls import ROW_CALLS
 from tests.test_frameworks_rows import assert_same as same_in_jax
 from tests.test_frameworks_rows import call_in, leaves, wanted_gradients, with_gradients
 from tests.test_frameworks_rows import to_jax as bits_to_jax
+from tests.threads import on_threads
 
 pytestmark = pytest.mark.gpu
 
-THREADS = min(16, os.cpu_count() or 1)
 dtypes = pytest.mark.parametrize("dtype", FORMATS)
-
-
-def on_threads(function, cases):
-    """function(*case) for every case; the first failure is raised, with the case."""
-
-    def run(case):
-        try:
-            function(*case)
-        except Exception as error:
-            error.add_note(f"case: {case}")
-            raise
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(run, cases))
 
 
 def drawn(case: RowCase) -> dict[str, torch.Tensor]:
@@ -100,7 +84,7 @@ def test_every_program_gives_the_bits_of_the_model(family):
 
     shapes = [(3, 8193), (33, 1000), (5, 128)] if family != "column sums" else [(8200, 40), (1100, 264), (7, 33)]
     names = [program.name for program in programs if not program.name.endswith("]") or program.name.endswith("[bfloat16]")]
-    on_threads(check, [(name, tuple(FORMATS)[(i + j) % 3 if "]" not in name else 0], *shape)
+    on_threads(lambda case: check(*case), [(name, tuple(FORMATS)[(i + j) % 3 if "]" not in name else 0], *shape)
                        for i, name in enumerate(names) for j, shape in enumerate(shapes)])  # fmt: skip
 
 
@@ -116,7 +100,10 @@ def test_frameworks_agree_on_large_rows(dtype):
 
     shapes = [(16384, 4096), (1024, 16384), (512, 151936), (65536, 128)]
     programs = ["softmax", "softmax_backward", "rms_norm(weight)", "layer_norm(weight, bias)", "sum", "logsumexp"]
-    on_threads(check, [(programs[(i + k) % len(programs)], *shape) for i, shape in enumerate(shapes) for k in range(3)])
+    on_threads(
+        lambda case: check(*case),
+        [(programs[(i + k) % len(programs)], *shape) for i, shape in enumerate(shapes) for k in range(3)],
+    )
 
 
 SCHEDULES = [RowSchedule(), RowSchedule(warps=8), RowSchedule(warps=2), RowSchedule(block_rows=4), RowSchedule(persistent=True),
@@ -143,7 +130,7 @@ def test_no_schedule_changes_a_bit(program):
                 assert_equal_outputs(outputs, expected)
         assert ran >= 6
 
-    on_threads(check, [(100, "bfloat16"), (2000, "float32"), (20000, "float16"), (151936, "bfloat16")])
+    on_threads(lambda case: check(*case), [(100, "bfloat16"), (2000, "float32"), (20000, "float16"), (151936, "bfloat16")])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +194,7 @@ def test_public_functions_and_gradients():
             for got, want in zip((*outputs, *pulled), expected, strict=True):
                 same_in_jax(got, want)
 
-    on_threads(check, [(call, list(FORMATS)[i % 3]) for i, call in enumerate(ROW_CALLS)])
+    on_threads(lambda case: check(*case), [(call, list(FORMATS)[i % 3]) for i, call in enumerate(ROW_CALLS)])
 
 
 def to_cuda(x):

@@ -16,6 +16,7 @@ from bi_jax.rows.mosaic_kernel import COUNTERS, SEGMENT, Plan, kernel, partial_c
 from bi_jax.rows.warpgroup import CHUNK, THREADS, VECTOR
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
+from shared_specs.trace import is_elementwise
 
 SMS = 132
 """Of an H100."""
@@ -127,7 +128,7 @@ def row_plan(
     if max(rows, n) > MAX_ROW:
         raise ValueError(f"a row, and their number, must not exceed {MAX_ROW}, got {rows} rows of {n}")
     named, count, tail = (_items(dtypes), _items(out_dtypes)), n, 0
-    if _is_elementwise(program):
+    if is_elementwise(program):
         rows, tail = divmod(rows * n, CHUNK)
         n = CHUNK
     schedule = schedule or default_schedule(program, rows, n, dtypes)
@@ -263,8 +264,3 @@ def _operands(program: RowProgram | ColumnProgram, inputs: Arrays, scalars: Mapp
 
 def _scalar(value: Any, dtype: Any) -> jax.Array:
     return value.astype(dtype) if isinstance(value, jax.Array) else jnp.asarray(dtype(value))
-
-
-def _is_elementwise(program: RowProgram) -> bool:
-    """An element of the outputs depends on the same elements of the inputs, and on nothing of its place."""
-    return not (program.reductions or program.columns or program.rows or program.ids or program.row_outputs)

@@ -7,7 +7,8 @@ dictionary look-up and its launches.
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from bi_torch.rows.triton_shared_rows import rows_shared
 from shared_specs import ARCHITECTURES
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
-from shared_specs.trace import listing
+from shared_specs.trace import is_elementwise, reads
 
 _ALIGNMENT = 16
 """Bytes of the widest access."""
@@ -286,10 +287,10 @@ def _rows_plan(
         return plan
     pitches = [shape.pitch(x) for x in given[: shape.elements]]
     output_pitches = [shape.pitch(outs[name]) if name in outs else n for name in program.outputs]
-    if schedule is None and _is_pointwise(program) and set(pitches) | set(output_pitches) == {n}:
+    if schedule is None and is_elementwise(program) and set(pitches) | set(output_pitches) == {n}:
         plan.launches.append(_pointwise_launch(shape, [*given[: shape.elements], *out_dtypes.values()]))
         return plan
-    if n > 2**31 - 1 and _reads(program, "column"):
+    if n > 2**31 - 1 and reads(program, "column"):
         raise ValueError(f"{program.name}: rows must not have more than {2**31 - 1} elements, got {n}")
     kinds = tuple(reduction.kind for reduction in program.reductions)
     gathered = tuple((program.elements.index(x), program.ids.index(i)) for x, i in program.gathered.values())
@@ -352,11 +353,7 @@ def _add_shared(
     )  # fmt: skip
 
     def arguments(call: _Call) -> tuple[Any, ...]:
-        partials, rest = [], list(call.workspace)
-        for kind in kinds:
-            partials.append(tuple(rest[: _components(kind)]))
-            del rest[: _components(kind)]
-        return (*tensors(call), tuple(partials), call.counters, *tail)
+        return (*tensors(call), _by_reduction(call.workspace, kinds), call.counters, *tail)
 
     plan.launches.append(_Launch(rows_shared, rows * segments, arguments, schedule.warps))
 
@@ -382,11 +379,7 @@ def _add_stages(
 
     def buffers(call: _Call, level: int) -> tuple[tuple[torch.Tensor, ...], ...]:
         """Results at one level of combination: for each reduction a buffer for each number of its result."""
-        mine, result = list(call.workspace[level :: len(counts)]), []
-        for kind in kinds:
-            result.append(tuple(mine[: _components(kind)]))
-            del mine[: _components(kind)]
-        return tuple(result)
+        return _by_reduction(call.workspace[level :: len(counts)], kinds)
 
     blocks = triton.cdiv(rows, schedule.block_rows)
     last = len(kinds) + 1
@@ -421,6 +414,12 @@ def _add_stages(
             plan.launches += [combination(stage, level) for level in range(len(counts) - 1)]
 
 
+def _by_reduction(buffers: Sequence[torch.Tensor], kinds: tuple[str, ...]) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """The buffers of each reduction, one for each number of its result."""
+    rest = iter(buffers)
+    return tuple(tuple(islice(rest, _components(kind))) for kind in kinds)
+
+
 def _components(kind: str) -> int:
     return 2 if kind == "sum_exp" else 1
 
@@ -436,21 +435,6 @@ def _pointwise_launch(shape: _Shape, operands: Sequence[torch.Tensor | torch.dty
         return (call.inputs, call.scalars, call.integers, tuple(call.outputs.values()), *tail)
 
     return _Launch(triton_kernels.pointwise, triton.cdiv(total, block * repeat), arguments, warps)
-
-
-@cache
-def _reads(program: RowProgram, name: str) -> bool:
-    """Whether a formula reads `name`."""
-    return name in listing(program).split()
-
-
-@cache
-def _is_pointwise(program: RowProgram) -> bool:
-    """Whether each output element depends on the elements at its place and on scalars alone."""
-    return not (
-        program.reductions or program.columns or program.rows or program.ids or program.row_outputs
-        or _reads(program, "column") or _reads(program, "count")
-    )  # fmt: skip
 
 
 def _columns_plan(

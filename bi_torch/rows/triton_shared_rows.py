@@ -14,10 +14,9 @@ import triton.language as tl
 
 from bi_torch.rows.triton_arithmetic import kind_of, reduction_count
 from bi_torch.rows.triton_kernels import (
-    _fill,
+    _finished,
     _load,
     _row_pointers,
-    _row_result,
     _row_values,
     _segment_results,
     _store_outputs,
@@ -33,17 +32,6 @@ def _meet(counter, count):
     while arrived < count:
         arrived = tl.atomic_add(counter, 0, sem="acquire")
     tl.debug_barrier()
-
-
-@triton.jit
-def _gathered(KIND: tl.constexpr, partials, row, count, COUNT: tl.constexpr):
-    """A row's result from those of its segments, which other multiprocessors stored: not through the L1 cache."""
-    index = tl.arange(0, COUNT)[None, None, :]
-    results = ()
-    for i in tl.static_range(len(partials)):
-        fill = 0.0 if i == 1 else _fill(KIND)
-        results = results + (tl.load(partials[i] + row * count + index, mask=index < count, other=fill, cache_modifier=".cg"),)
-    return _row_result(KIND, results)
 
 
 @triton.jit(
@@ -75,7 +63,8 @@ def rows_shared(
         for j in tl.static_range(len(results)):
             tl.store(partials[i][j] + row * segments + segment, results[j])
         _meet(counters + 1 + row * reduction_count(FORMULAS) + i, segments)
-        reduced = reduced + (_gathered(kind_of(FORMULAS, i), partials[i], row, segments, COUNT),)
+        # Other multiprocessors stored these: not through the L1 cache.
+        reduced = reduced + (_finished(kind_of(FORMULAS, i), partials[i], row, segments, COUNT, ".cg"),)
     targets = _row_pointers(outputs, output_strides, row, UNIT)
     _store_outputs(
         FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, 1, CHUNKS, LANES, PIECE, FULL, "evict_first",

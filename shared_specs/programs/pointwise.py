@@ -6,7 +6,6 @@ The gradient of a function of one input is a program of the input `x` and the co
 from shared_specs import scalar
 from shared_specs.rows import Formula, RowProgram
 
-SQRT_HALF = float.fromhex("0x1.6a09e6p-1")
 NORMAL_DENSITY = float.fromhex("0x1.988454p-2")
 """1 / sqrt(2 pi)."""
 
@@ -41,7 +40,7 @@ def _silu_slope(f, x):
 
 def _gelu_slope(f, e):
     """Phi(x) + x phi(x)."""
-    cumulative = f.mul(0.5, f.add(1.0, scalar.erf(f, f.mul(e.x, SQRT_HALF))))
+    cumulative = f.mul(0.5, f.add(1.0, scalar.erf(f, f.mul(e.x, scalar.SQRT_HALF))))
     density = f.mul(scalar.exp(f, f.mul(f.mul(e.x, e.x), -0.5)), NORMAL_DENSITY)
     return f.fma(e.x, density, cumulative)
 
