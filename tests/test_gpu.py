@@ -466,7 +466,7 @@ def test_operands_on_two_devices():
 
 
 def test_an_older_gpu_raises(monkeypatch):
-    cuda._architecture.cache_clear()
+    cuda.architecture.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     with pytest.raises(RuntimeError, match=r"bi_torch\.gemm: no kernels for sm_80 .*: supported are sm_90"):
         bi_torch.mm(normal(9, 8), normal(8, 8))

@@ -23,7 +23,7 @@ MULTIPROCESSORS = 3
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch):
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: MULTIPROCESSORS)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: MULTIPROCESSORS)
 
 
 def run(a, b, bias, alpha, beta, out, contract, schedule):

@@ -25,7 +25,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 @pytest.fixture(autouse=True)
 def _h100(monkeypatch):
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
 
 
 @cache

@@ -29,7 +29,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch):
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 1)
 
 
 def planned(program, inputs, out_dtypes, schedule=None, outs=None, scalars=SCALARS):

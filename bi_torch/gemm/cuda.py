@@ -5,10 +5,8 @@ decode loop costs a dictionary look-up and a launch.
 """
 
 import inspect
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,8 +14,9 @@ import triton
 from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bi_torch.device import FIRST_LAUNCH, architecture, multiprocessors
 from bi_torch.gemm import triton_kernels
-from shared_specs import ARCHITECTURES, GemmContract, GemmSchedule, gemm_contract, gemm_schedule
+from shared_specs import GemmContract, GemmSchedule, gemm_contract, gemm_schedule
 
 _TMA_ALIGNMENT = 16
 _MAX_EXTENT = 2**31 - 2**16
@@ -90,7 +89,7 @@ class _Plan:
         if self.run is None or triton.knobs.runtime.launch_enter_hook.calls:
             arguments = self.arguments(_TensorMap.described, *call)
             self.kernel.warmup(*arguments, grid=self.grid, **self.options)  # compiles, on any number of threads at once
-            with _FIRST_LAUNCH:
+            with FIRST_LAUNCH:
                 self.run = self._launcher(self.kernel[self.grid](*arguments, **self.options))
         else:
             self.run(torch._C._cuda_getCurrentRawStream(device), self.arguments(_TensorMap.encoded, *call))
@@ -114,9 +113,6 @@ class _Plan:
 
         return run
 
-
-_FIRST_LAUNCH = threading.Lock()
-"""Triton loads a kernel on its first launch, and must not be asked for it by two threads then."""
 
 _PLANS: dict[tuple[Any, ...], _Plan] = {}
 _MAX_PLANS = 1 << 14
@@ -144,7 +140,7 @@ def _plan(
     tma = batch == 1 and k > 0 and contract.split is None and _tma_major(a) is not None and _tma_major(b) is not None
     if schedule is None:
         op = "mm" if tma or contract.split is not None else "mm_strided"
-        schedule = gemm_schedule("triton", contract.operand, m, n, k, _architecture(out.device.index), op)
+        schedule = gemm_schedule("triton", contract.operand, m, n, k, architecture(out.device.index, "bi_torch.gemm"), op)
     schedule.check(contract)
     if _rest(schedule.block_m) or _rest(schedule.block_k) or _rest(_rest(schedule.block_n)):
         raise ValueError(
@@ -157,7 +153,7 @@ def _plan(
             raise ValueError(
                 "bi_torch.gemm on CUDA: a schedule with loads='tma' needs one batch entry and 16-byte aligned rows"
             )
-        programs = min(tiles, _multiprocessors(out.device.index)) if schedule.persistent else tiles
+        programs = min(tiles, multiprocessors(out.device.index)) if schedule.persistent else tiles
         maps, arguments = _tma_arguments(a, b, bias, out, scale, schedule)
         return _Plan(triton_kernels.gemm_tma, (programs, 1, 1), arguments, options, maps)
     if _rest(schedule.block_n):
@@ -302,17 +298,3 @@ def _pitch(x: torch.Tensor, other: int, contiguous: int) -> int:
 
 def _aligned(x: torch.Tensor) -> bool:
     return x.data_ptr() % _TMA_ALIGNMENT == 0
-
-
-@lru_cache
-def _architecture(device: int) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    arch = f"sm_{major}{minor}"
-    if arch not in ARCHITECTURES:
-        raise RuntimeError(f"bi_torch.gemm: no kernels for {arch} (device {device}): supported are {', '.join(ARCHITECTURES)}")
-    return arch
-
-
-@lru_cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -4,16 +4,15 @@ Everything that depends on shapes, strides and dtypes alone is decided once and 
 dictionary look-up and its launches.
 """
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 import torch
 import triton
 
+from bi_torch.device import FIRST_LAUNCH, architecture, multiprocessors
 from bi_torch.rows import triton_kernels
 from bi_torch.rows.schedule import (
     MOST_COOPERATING,
@@ -26,7 +25,6 @@ from bi_torch.rows.schedule import (
 )
 from bi_torch.rows.triton_arithmetic import Formulas
 from bi_torch.rows.triton_shared_rows import rows_shared
-from shared_specs import ARCHITECTURES
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
 from shared_specs.trace import is_elementwise, reads
@@ -101,7 +99,7 @@ def _run(
     if plan is None:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
-        _architecture(device)
+        architecture(device, "bi_torch.rows")
         plan = _PLANS[key] = make(program, given, out_dtypes, outs, schedule)
     call = _call(program, plan, given, scalars, outs)
     if device == torch.cuda.current_device():
@@ -143,7 +141,7 @@ class _Launch:
         arguments = self.arguments(call)
         if self.run is None or triton.knobs.runtime.launch_enter_hook.calls:
             self.kernel.warmup(*arguments, grid=(self.grid,), **self.options)  # compiles, on any number of threads at once
-            with _FIRST_LAUNCH:
+            with FIRST_LAUNCH:
                 self.run = self._launcher(self.kernel[(self.grid,)](*arguments, **self.options))
         else:
             self.run(torch._C._cuda_getCurrentRawStream(device), arguments)
@@ -153,10 +151,6 @@ class _Launch:
             compiled.run(self.grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
         return run
-
-
-_FIRST_LAUNCH = threading.Lock()
-"""Triton loads a kernel on its first launch, and must not be asked for it by two threads then."""
 
 
 @dataclass
@@ -490,20 +484,6 @@ def _columns_plan(
     return plan
 
 
-@lru_cache
-def _architecture(device: int) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    arch = f"sm_{major}{minor}"
-    if arch not in ARCHITECTURES:
-        raise RuntimeError(f"bi_torch.rows: no kernels for {arch} (device {device}): supported are {', '.join(ARCHITECTURES)}")
-    return arch
-
-
 def _persistent_programs(schedule: RowSchedule, device: int) -> int:
     """Thread blocks that fill the GPU, 16 warps to a multiprocessor."""
-    return _multiprocessors(device) * max(1, 16 // schedule.warps)
-
-
-@lru_cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return multiprocessors(device) * max(1, 16 // schedule.warps)

@@ -1,0 +1,31 @@
+"""What the kernels' launchers ask of a GPU, and what they share."""
+
+import threading
+from functools import lru_cache
+
+import torch
+
+from shared_specs import ARCHITECTURES
+
+FIRST_LAUNCH = threading.Lock()
+"""Triton loads a kernel on its first launch, and must not be asked for it by two threads then."""
+
+
+@lru_cache
+def architecture(device: int, caller: str) -> str:
+    """The architecture of a GPU, such as "sm_90".
+
+    Raises:
+        RuntimeError: there are no kernels for it; the message begins with `caller`.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = f"sm_{major}{minor}"
+    if arch not in ARCHITECTURES:
+        raise RuntimeError(f"{caller}: no kernels for {arch} (device {device}): supported are {', '.join(ARCHITECTURES)}")
+    return arch
+
+
+@lru_cache
+def multiprocessors(device: int) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
