@@ -10,6 +10,19 @@ from shared_specs import ARCHITECTURES
 FIRST_LAUNCH = threading.Lock()
 """Triton loads a kernel on its first launch, and must not be asked for it by two threads then."""
 
+_THREAD = threading.local()
+
+
+def bind_context() -> None:
+    """Make the current device's context that of this thread; the driver needs one to encode a tensor map.
+
+    The runtime binds it with the first call that reaches it. A thread of the autograd engine may not have made one, since
+    memory comes from PyTorch's cache.
+    """
+    if not getattr(_THREAD, "bound", False):
+        torch.cuda.mem_get_info()
+        _THREAD.bound = True
+
 
 @lru_cache
 def architecture(device: int, caller: str) -> str:

@@ -7,6 +7,7 @@ the device, as integers. Most of the time goes into compilers; cases that need n
 import functools
 import gc
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -423,6 +424,14 @@ def test_work_is_queued_on_the_current_stream():
         out = bi_torch.mm(a, b)
     stream.synchronize()
     assert_same(out, expected)
+
+
+def test_a_thread_whose_first_call_is_a_product():
+    """It has no current context yet, and memory from PyTorch's cache does not make one."""
+    a, weights = normal(64, 4096), [normal(4096, 1024, seed=1) for _ in range(2)]
+    expected = bi_torch.mm(a, weights[0])
+    with ThreadPoolExecutor(1) as thread:
+        assert_same(thread.submit(bi_torch.mm, a, weights[1]).result(), expected)
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 4096, 4096), (64, 4096, 6144), (2048, 4096, 3072)])

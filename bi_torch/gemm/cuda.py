@@ -14,7 +14,7 @@ import triton
 from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bi_torch.device import FIRST_LAUNCH, architecture, multiprocessors
+from bi_torch.device import FIRST_LAUNCH, architecture, bind_context, multiprocessors
 from bi_torch.gemm import triton_kernels
 from shared_specs import GemmContract, GemmSchedule, gemm_contract, gemm_schedule
 
@@ -87,6 +87,7 @@ class _Plan:
     def launch(self, device: int, call: tuple[Any, ...]) -> None:
         """Run on the current stream of the current device, which must be `device`; a profiler's hooks see a full launch."""
         if self.run is None or triton.knobs.runtime.launch_enter_hook.calls:
+            bind_context()
             arguments = self.arguments(_TensorMap.described, *call)
             self.kernel.warmup(*arguments, grid=self.grid, **self.options)  # compiles, on any number of threads at once
             with FIRST_LAUNCH:
@@ -233,6 +234,7 @@ class _TensorMap:
         if arguments is None:
             if len(self._encoded) >= _MAX_ADDRESSES:
                 self._encoded.clear()
+            bind_context()
             (descriptor,) = self.described(base)
             arguments = self._encoded[address] = tuple(make_tensordesc_arg(descriptor, self.layout))
         return arguments
