@@ -4,7 +4,7 @@ from itertools import product
 from types import ModuleType
 
 from shared_specs.formats import FORMATS
-from shared_specs.programs import norm, optimizer, pointwise, reduce, softmax
+from shared_specs.programs import attention, norm, optimizer, pointwise, reduce, softmax
 from shared_specs.rows import ColumnProgram, RowProgram
 
 _CHOICES = (False, True)
@@ -45,6 +45,10 @@ ROW_PROGRAMS: dict[str, tuple[RowProgram, ...]] = {
             )
             for choice in _CHOICES
         ),
+    ),
+    "attention": (
+        attention.FINITE_OR_NAN,
+        *(of(choice) for of in (attention.attention_softmax, attention.attention_softmax_backward) for choice in _CHOICES),
     ),
     "norm": (
         *(norm.layer_norm(*parts) for parts in product(_CHOICES, _CHOICES)),
