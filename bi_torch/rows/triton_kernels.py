@@ -159,7 +159,7 @@ def _column(base, chunk: tl.constexpr, piece: tl.constexpr, LANES: tl.constexpr,
 
 @triton.jit
 def _load_tile(pointers, column, N, BLOCK_ROWS: tl.constexpr, MASKED: tl.constexpr, EVICTION: tl.constexpr):
-    """What is read at every pointer for some columns, as float32.
+    """What is read at every pointer for some columns.
 
     Inputs [N] are read for each row too: a thread then reads them as wide as the rows, in the layout of the rows.
     """
@@ -170,8 +170,25 @@ def _load_tile(pointers, column, N, BLOCK_ROWS: tl.constexpr, MASKED: tl.constex
             value = tl.load(_per_row(pointers[i]) + column, mask=column < N, other=0.0, eviction_policy=EVICTION)
         else:
             value = tl.load(_per_row(pointers[i]) + column, eviction_policy=EVICTION)
-        tile = tile + (value.to(tl.float32),)
+        tile = tile + (value,)
     return tile
+
+
+@triton.jit
+def _numbers(tile, PACKED: tl.constexpr):
+    """A tile as float32.
+
+    A PACKED one keeps its 16-bit elements two to a register and is converted wherever it is read: the instruction hides that
+    they are the same elements, or the compiler would convert them once and hold twice the registers.
+    """
+    result = ()
+    for i in tl.static_range(len(tile)):
+        if PACKED and tile[i].dtype != tl.float32:
+            same = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile[i]], tile[i].dtype, is_pure=False, pack=2)
+            result = result + (same.to(tl.float32),)
+        else:
+            result = result + (tile[i].to(tl.float32),)
+    return result
 
 
 @triton.jit
@@ -189,23 +206,37 @@ def _load(
 
 
 @triton.jit
-def _segment_results(
-    FORMULAS: tl.constexpr, INDEX: tl.constexpr, tiles, columns, row_values, reduced, base, N,
+def _reduced_values(
+    FORMULAS: tl.constexpr, INDEX: tl.constexpr, tiles, shared, row_values, reduced, base, N,
     BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """What reduction INDEX makes of each segment: a tuple of [BLOCK_ROWS, SEGMENTS, 1]."""
-    KIND: tl.constexpr = kind_of(FORMULAS, INDEX)
+    """What reduction INDEX is over, for every tile."""
     SHAPE: tl.constexpr = (BLOCK_ROWS, base.shape[1], PIECE)
-    shared = _load(columns, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, "evict_last")
     values = ()
     for piece in tl.static_range(LANES // PIECE):
         for chunk in tl.static_range(CHUNKS):
             column = _column(base, chunk, piece, LANES, PIECE)
-            tile = tiles[piece * CHUNKS + chunk] + shared[piece * CHUNKS + chunk]
+            tile = _numbers(tiles[piece * CHUNKS + chunk], PACKED) + _numbers(shared[piece * CHUNKS + chunk], False)
             value = evaluate(FORMULAS, "reductions", INDEX, tile, row_values, reduced, column.to(tl.int32), SHAPE)
             if chunk >= FULL:
-                value = tl.where(column < N, value, _fill(KIND))
+                value = tl.where(column < N, value, _fill(kind_of(FORMULAS, INDEX)))
             values = values + (value,)
+    return values
+
+
+@triton.jit
+def _segment_results(
+    FORMULAS: tl.constexpr, INDEX: tl.constexpr, tiles, columns, row_values, reduced, base, N,
+    BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """What reduction INDEX makes of each segment: a tuple of [BLOCK_ROWS, SEGMENTS, 1]."""
+    KIND: tl.constexpr = kind_of(FORMULAS, INDEX)
+    shared = _load(columns, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, "evict_last")
+    values = _reduced_values(
+        FORMULAS, INDEX, tiles, shared, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, PACKED
+    )
     if KIND == "sum":
         return (_lane_sums(values, CHUNKS),)
     else:
@@ -214,6 +245,10 @@ def _segment_results(
             extreme = smaller(extreme, values[i]) if KIND == "min" else larger(extreme, values[i])
         extreme = _extreme(extreme, KIND)
         if KIND == "sum_exp":
+            if PACKED:
+                values = _reduced_values(
+                    FORMULAS, INDEX, tiles, shared, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, True
+                )
             terms = ()
             for i in tl.static_range(len(values)):
                 terms = terms + (exp_term(values[i], extreme),)
@@ -268,7 +303,7 @@ def _transposed(results):
 def _store_outputs(
     FORMULAS: tl.constexpr, outputs, tiles, columns, row_values, reduced, base, row, R, N,
     BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
-    EVICTION: tl.constexpr,
+    PACKED: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Every output of the program for the columns of the tiles.
 
@@ -279,7 +314,7 @@ def _store_outputs(
     following = _load_tile(columns, column, N, BLOCK_ROWS, FULL == 0, "evict_last")
     for piece in tl.static_range(LANES // PIECE):
         for chunk in tl.static_range(CHUNKS):
-            tile, here = tiles[piece * CHUNKS + chunk] + following, column
+            tile, here = _numbers(tiles[piece * CHUNKS + chunk], PACKED) + _numbers(following, False), column
             if chunk + 1 < CHUNKS:
                 column = _column(base, chunk + 1, piece, LANES, PIECE)
                 following = _load_tile(columns, column, N, BLOCK_ROWS, chunk + 1 >= FULL, "evict_last")
@@ -335,12 +370,13 @@ def _resident(
     reduced = ()
     for i in tl.static_range(reduction_count(FORMULAS)):
         results = _segment_results(
-            FORMULAS, i, tiles, columns, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL
+            FORMULAS, i, tiles, columns, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, SEGMENTS > 1
         )
         reduced = reduced + (_row_result(kind_of(FORMULAS, i), _transposed(results)),)
     targets = _row_pointers(outputs, output_strides, row, UNIT)
     _store_outputs(
-        FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, "",
+        FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL,
+        SEGMENTS > 1, "",
     )  # fmt: skip
     _store_row_outputs(FORMULAS, row_outputs, row_values, reduced, row, R, BLOCK_ROWS)
 
@@ -423,15 +459,16 @@ def rows_staged(
             )  # fmt: skip
             if stage < reduction_count(FORMULAS):
                 results = _segment_results(
-                    FORMULAS, stage, tiles, columns, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL
-                )
+                    FORMULAS, stage, tiles, columns, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL,
+                    False,
+                )  # fmt: skip
                 for i in tl.static_range(len(results)):
                     inside = _per_row(row < R) & (segment < segments)
                     tl.store(partials[stage][i] + _per_row(row) * segments + segment, results[i], mask=inside)
             else:
                 _store_outputs(
                     FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE,
-                    FULL, "evict_first",
+                    FULL, False, "evict_first",
                 )  # fmt: skip
         if stage < LAST - 1:
             tl.debug_barrier()

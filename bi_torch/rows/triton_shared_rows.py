@@ -59,7 +59,9 @@ def rows_shared(
     row_values = _row_values(row, pointers, rows, ids, scalars, integers, N, GATHERED)
     reduced = ()
     for i in tl.static_range(reduction_count(FORMULAS)):
-        results = _segment_results(FORMULAS, i, tiles, columns, row_values, reduced, base, N, 1, CHUNKS, LANES, PIECE, FULL)
+        results = _segment_results(
+            FORMULAS, i, tiles, columns, row_values, reduced, base, N, 1, CHUNKS, LANES, PIECE, FULL, True
+        )
         for j in tl.static_range(len(results)):
             tl.store(partials[i][j] + row * segments + segment, results[j])
         _meet(counters + 1 + row * reduction_count(FORMULAS) + i, segments)
@@ -67,7 +69,8 @@ def rows_shared(
         reduced = reduced + (_finished(kind_of(FORMULAS, i), partials[i], row, segments, COUNT, ".cg"),)
     targets = _row_pointers(outputs, output_strides, row, UNIT)
     _store_outputs(
-        FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, 1, CHUNKS, LANES, PIECE, FULL, "evict_first",
+        FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, 1, CHUNKS, LANES, PIECE, FULL, True,
+        "evict_first",
     )  # fmt: skip
     if ticket % segments == 0:
         _store_row_outputs(FORMULAS, row_outputs, row_values, reduced, row, R, 1)

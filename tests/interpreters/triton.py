@@ -1,10 +1,11 @@
 """Triton's interpreter with the GPU's arithmetic, for tests.
 
 The interpreter multiplies bfloat16 bit patterns as integers, truncates where the GPU rounds, rounds an fma twice and
-keeps NaN payloads, drops NaN and the order of zeros in a maximum, reduces element by element, knows no builtins but its own,
-calls predicates numbers, and cannot read a scalar under NumPy 2.5. This module replaces exactly these: a dot is the reference
-model's chain, conversions round to nearest even, fma, maximum and minimum are those of the reference arithmetic, arithmetic
-gives the one NaN of the GPU, and a reduction halves its axis, after a check that its order cannot matter.
+keeps NaN payloads, drops NaN and the order of zeros in a maximum, reduces element by element, knows no builtins but its own
+and no assembly, calls predicates numbers, and cannot read a scalar under NumPy 2.5. This module replaces exactly these: a
+dot is the reference model's chain, conversions round to nearest even, fma, maximum and minimum are those of the reference
+arithmetic, arithmetic gives the one NaN of the GPU, and a reduction halves its axis, after a check that its order cannot
+matter.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -54,6 +55,7 @@ def gpu_arithmetic() -> Iterator[None]:
     unary, binary = InterpreterBuilder.unary_op, InterpreterBuilder.binary_op
     patches = {
         "create_dot": _dot,
+        "create_inline_asm": _copy,
         "create_fma": lambda self, x, y, z: _float(_F.fma(x.data, y.data, z.data)),
         "create_maximumf": lambda self, x, y: _float(_F.max(x.data, y.data)),
         "create_minimumf": lambda self, x, y: _float(_F.min(x.data, y.data)),
@@ -89,6 +91,14 @@ def _dot(
     fmt = _FORMATS[a.dtype.scalar]
     assert fmt.bits == 16, "a float32 dot would be TF32 on a GPU"
     return TensorHandle(tensor_core.chain(_values(a), _values(b), d.data, fmt, HOPPER_DOT), tl.float32)
+
+
+def _copy(
+    self: Any, assembly: str, constraints: str, values: list[TensorHandle], types: list[Any], is_pure: bool, pack: int
+) -> Any:
+    """The one instruction of our kernels: a register to another."""
+    assert (assembly, constraints) == ("mov.b32 $0, $1;", "=r,r")
+    return SimpleNamespace(get_result=lambda i: values[i])
 
 
 def _reduce(self: Any, inputs: tuple[tl.tensor, ...]) -> tl.tensor:
