@@ -1,0 +1,83 @@
+"""`explain`: what `batch_invariant` makes of a function, as a table."""
+
+import dataclasses
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import Jaxpr
+from rich.console import Console
+from rich.table import Table
+
+from bi_jax.transform.coverage import Options, source
+from bi_jax.transform.rewrite import inner
+from bi_jax.transform.rules import Treatment, treatment
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Equations of one kind.
+
+    Attributes:
+        primitive: its name.
+        shapes: types of the operands and results, as JAX writes them.
+        treatment: "contract", "pinned", "kept" or "uncovered".
+        contract: identity of the contract, or why there is none, with the user's line.
+        count: how often the program holds it; a loop's body counts once.
+    """
+
+    primitive: str
+    shapes: str
+    treatment: str
+    contract: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What becomes of a function's primitives; `print` shows those that are not kept as they are."""
+
+    rows: tuple[Row, ...]
+
+    def __rich__(self) -> Table:
+        table = Table("primitive", "operands -> results", "computed by", "count")
+        for row in self.rows:
+            if row.treatment != "kept":
+                table.add_row(row.primitive, row.shapes, row.contract or row.treatment, str(row.count))
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=160).print(self)
+        return text.getvalue()
+
+
+def explain(fn: Callable[..., Any], *args: Any, portable: bool = False, **kwargs: Any) -> Explanation:
+    """What `batch_invariant(fn, portable=portable)` computes in place of each primitive, for arguments like these.
+
+    Where `fn` calls transformed functions itself, or is one or a gradient of one, only what they compute is explained, as they
+    were asked to. Nothing is computed, and nothing raises for not being covered.
+    """
+    jaxpr = jax.make_jaxpr(fn)(*args, **kwargs)
+    inside = list(_equations(jaxpr, None))
+    found = inside or list(_equations(jaxpr, Options(portable)))
+    return Explanation(tuple(Row(*key, count) for key, count in Counter(map(_key, found)).items()))
+
+
+def _equations(jaxpr: Jaxpr, options: Options | None) -> Iterator[tuple[Any, Treatment]]:
+    """Equations with their treatments; without options, those of transformed functions only."""
+    for eqn in jaxpr.eqns:
+        if entered := inner(eqn, options):
+            for jaxpr in entered[0]:
+                yield from _equations(jaxpr, entered[1])
+        elif options is not None:
+            yield eqn, treatment(eqn, options)
+
+
+def _key(item: tuple[Any, Treatment]) -> tuple[str, str, str, str]:
+    eqn, chosen = item
+    operands, results = (", ".join(x.aval.str_short(short_dtypes=True) for x in side) for side in (eqn.invars, eqn.outvars))
+    by = f"uncovered: {chosen.by}, {source(eqn)}" if chosen.kind == "uncovered" else chosen.by
+    return eqn.primitive.name, f"{operands} -> {results}", chosen.kind, by
