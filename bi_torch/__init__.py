@@ -1,6 +1,18 @@
 """Batch-invariant ops for PyTorch: the same bits for a row alone and in a batch, on CPU, on CUDA and in `bi_jax`."""
 
+import os
+
 from bi_torch.gemm.api import addmm, baddbmm, bmm, linear, matmul, mm
+from bi_torch.mode.switch import (
+    VARIABLE,
+    AttentionBlockSize,
+    disable_batch_invariant_mode,
+    enable_batch_invariant_mode,
+    enable_from_environment,
+    get_batch_invariant_attention_block_size,
+    is_batch_invariant_mode_enabled,
+    set_batch_invariant_mode,
+)
 from bi_torch.rows.embedding import embedding
 from bi_torch.rows.norm import fused_add_rms_norm, layer_norm, rms_norm
 from bi_torch.rows.optimizer import adamw, adamw_, clip_by_global_norm, sgd, sgd_
@@ -23,6 +35,7 @@ from bi_torch.rows.reduce import amax, amin, logsumexp, mean, sum, var  # noqa: 
 from bi_torch.rows.softmax import cross_entropy, log_softmax, softmax, token_logprobs
 
 __all__ = [
+    "AttentionBlockSize",
     "adamw",
     "adamw_",
     "addmm",
@@ -33,11 +46,15 @@ __all__ = [
     "clip_by_global_norm",
     "cos",
     "cross_entropy",
+    "disable_batch_invariant_mode",
     "embedding",
+    "enable_batch_invariant_mode",
     "erf",
     "exp",
     "fused_add_rms_norm",
     "gelu",
+    "get_batch_invariant_attention_block_size",
+    "is_batch_invariant_mode_enabled",
     "layer_norm",
     "linear",
     "log",
@@ -50,6 +67,7 @@ __all__ = [
     "rotary_embedding",
     "rotary_tables",
     "rsqrt",
+    "set_batch_invariant_mode",
     "sgd",
     "sgd_",
     "sigmoid",
@@ -62,3 +80,5 @@ __all__ = [
     "token_logprobs",
     "var",
 ]
+
+enable_from_environment(os.environ.get(VARIABLE))

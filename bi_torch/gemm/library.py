@@ -13,6 +13,7 @@ import torch
 from torch.autograd import forward_ad
 
 from bi_torch.gemm import cpu, cuda
+from bi_torch.stock import runs_stock
 from shared_specs import GemmContract, gemm_contract
 
 _SCHEMA = "(Tensor a, Tensor b, Tensor? bias, float alpha, float beta, ScalarType out_dtype)"
@@ -94,7 +95,7 @@ def _kernels(run: Callable[..., None]) -> tuple[Callable[..., torch.Tensor], Cal
         into(a, b, bias, alpha, beta, out_dtype, out=out)
         return out
 
-    return new, into
+    return runs_stock(new), runs_stock(into)
 
 
 def _run_on_cpu(

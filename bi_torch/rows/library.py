@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bi_torch.stock import runs_stock
 from shared_specs.rows import ColumnProgram, RowProgram
 
 _LIBRARY = torch.library.Library("bi_torch", "FRAGMENT")
@@ -56,7 +57,7 @@ class Op:
         self._arguments = [argument.name for argument in self._overload._schema.arguments]
         self.results = [result.name for result in self._overload._schema.returns]
         self._keep, self._gradient = keep, gradient
-        for key, kernel in {"CPU": cpu, "CUDA": cuda, "Meta": fake}.items():
+        for key, kernel in {"CPU": runs_stock(cpu), "CUDA": runs_stock(cuda), "Meta": fake}.items():
             _LIBRARY.impl(self.name, kernel, key)
         torch.library.register_autograd(
             f"bi_torch::{self.name}", self._backward, setup_context=self._set_up_context, lib=_LIBRARY
@@ -142,7 +143,8 @@ def in_place_op(schema: str, program: Callable[[SimpleNamespace], RowProgram]) -
 
         return run
 
-    for key, function in {"CPU": kernel(_cpu), "CUDA": kernel(_cuda), "Meta": lambda *args: None}.items():
+    kernels = {"CPU": runs_stock(kernel(_cpu)), "CUDA": runs_stock(kernel(_cuda)), "Meta": lambda *args: None}
+    for key, function in kernels.items():
         _LIBRARY.impl(name, function, key)
     return overload
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from bi_torch.rows.arguments import check_shape, check_tensor, from_rows, to_rows
+from bi_torch.rows.arguments import check_shape, check_tensor, from_rows, reduced, to_rows
 from bi_torch.rows.library import row_op
 from shared_specs.programs import norm as programs
 
@@ -102,10 +102,17 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """(input - mean) / sqrt(variance + eps) * weight + bias over the trailing dimensions `normalized_shape`."""
+    return native_layer_norm(input, normalized_shape, weight, bias, eps)[0]
+
+
+def native_layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`layer_norm`, and the mean and 1 / sqrt(variance + eps) of every row, float32 with 1 for each dimension of the row."""
     dims = _trailing("layer_norm", input, normalized_shape)
     columns = [_column("layer_norm", name, x, input, normalized_shape) for name, x in (("weight", weight), ("bias", bias))]
-    y, _, _ = _layer_norm(to_rows(input, dims), *columns, float(eps), input.dtype)
-    return from_rows(y, input, dims)
+    y, mean, rstd = _layer_norm(to_rows(input, dims), *columns, float(eps), input.dtype)
+    return from_rows(y, input, dims), reduced(mean, input, dims, True), reduced(rstd, input, dims, True)
 
 
 def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:

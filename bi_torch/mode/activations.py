@@ -1,0 +1,5 @@
+"""Losses."""
+
+from bi_torch.mode.override import Override
+
+OVERRIDES: tuple[Override, ...] = ()

@@ -1,0 +1,45 @@
+"""Torch's own kernels inside ours, while the batch-invariant mode replaces them for everybody else.
+
+The engines are made of torch operations whose results are exact, or which are exact as they are used there: `torch.sum` of
+integers in float64, a sort, a cumulative sum of counts. Under the mode (`bi_torch.mode`) those must not come back to the
+engines. So every kernel of ours runs marked, on its own thread, and a replaced op on a marked thread is torch's own.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+
+
+class _Thread(threading.local):
+    inside = False
+
+
+THREAD = _Thread()
+"""`THREAD.inside` is True where torch's own kernels run, on this thread."""
+
+
+def runs_stock[**P, R](kernel: Callable[P, R]) -> Callable[P, R]:
+    """`kernel`, with torch's own kernels for what it calls."""
+
+    @wraps(kernel)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        outside = THREAD.inside
+        THREAD.inside = True
+        try:
+            return kernel(*args, **kwargs)
+        finally:
+            THREAD.inside = outside
+
+    return run
+
+
+@contextmanager
+def stock_kernels() -> Iterator[None]:
+    """Torch's own kernels within the block, on this thread."""
+    outside = THREAD.inside
+    THREAD.inside = True
+    try:
+        yield
+    finally:
+        THREAD.inside = outside
