@@ -199,12 +199,6 @@ def test_scalars_must_be_known_when_tracing():
         bi_jax.addmm(bias, a, b, beta="1")
 
 
-def test_forward_mode_is_refused():
-    a, b = draw(6, 20), draw(20, 5)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: bi_jax.mm(x, b), (a,), (a,))
-
-
 @pytest.mark.parametrize(("op", "dtype"), [*((op, "bfloat16") for op in CALLS), ("linear", "float32")])
 def test_gradients(op, dtype):
     """Against JAX's own products in float64; the bound is a few roundings of the products and of the operand dtype."""

@@ -525,10 +525,10 @@ ERRORS = [
     (lambda x: bi_jax.clip_by_global_norm([], 1.0), ValueError, "clip_by_global_norm: grads must not be empty"),
     (lambda x: bi_jax.exp(1.0), TypeError, "exp: input must be an array, got float"),
     (lambda x: bi_jax.exp(np.ones(2)), TypeError, "exp: input must be .*, got float64"),
-    (jax.grad(lambda x: bi_jax.sgd(x, x, lr=1)[0].sum()), TypeError, "sgd: no gradient with respect to g, p"),
+    (jax.grad(lambda x: bi_jax.sgd(x, x, lr=1)[0].sum()), TypeError, "sgd: no derivative with respect to g, p"),
     (jax.grad(lambda x: bi_jax.token_logprobs(x, jnp.zeros(3, int), x[0, 0]).sum()), TypeError, "with respect to temperature"),
-    (jax.hessian(lambda x: bi_jax.exp(x).sum()), TypeError, "forward-mode"),
-    (jax.grad(lambda x: jax.grad(lambda x: bi_jax.exp(x).sum())(x).sum()), TypeError, "exp: no gradient with respect to"),
+    (jax.hessian(lambda x: bi_jax.exp(x).sum()), TypeError, "exp: no derivative with respect to x"),
+    (jax.grad(lambda x: jax.grad(lambda x: bi_jax.exp(x).sum())(x).sum()), TypeError, "exp: no derivative with respect to"),
 ]
 
 

@@ -2,7 +2,7 @@
 
 Operands are bfloat16, float16 or float32 and share one dtype; the output has that dtype, or float32 if `out_dtype` says
 so. A bias has the operands' dtype or float32. alpha and beta are Python numbers, rounded to float32 once. All functions
-work under `jax.jit`, `jax.vmap`, `jax.grad` and `jax.export`; forward-mode differentiation is not defined.
+work under every transformation of JAX; inside `jax.shard_map` they compute on the shards of a device.
 
 Gradients run through the same kernels: dX = dY W^T and dW = X^T dY are products under the contract. dW sums over the
 rows of the batch, so it depends on the batch by nature; it has the same bits in every schedule, in both frameworks and in

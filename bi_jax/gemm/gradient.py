@@ -1,22 +1,29 @@
-"""The differentiable product of [*, M, K] and [*, K, N] with broadcast batch dimensions.
+"""The derivatives of the product of [*, M, K] and [*, K, N] with broadcast batch dimensions.
 
-Gradients are products under the same contract, so they too are the same bits in every schedule, framework and run:
+The product is linear in each operand, so its derivatives are products under the same contract, and the same bits in every
+schedule, framework and run. Gradients:
 
     dA = alpha * G @ B^T,  dB = alpha * A^T @ G,  dbias = beta * (ones @ G)
 
 with the cotangent G rounded to the operand dtype first. Where an operand was broadcast, the sum over its batch is part
-of the product's K, outer dimensions first; there is no second reduction.
+of the product's K, outer dimensions first; there is no second reduction. Tangents:
+
+    alpha * dA @ B + alpha * A @ dB + beta * dbias
+
+with each product rounded to the output dtype, the bias in the first.
 """
 
 import math
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.interpreters import ad
 
 from bi_jax.gemm import primitive
+from bi_jax.narrow import narrow
 from shared_specs import gemm_contract
 
 
@@ -31,19 +38,9 @@ class Params:
     transpose_rhs: bool = False
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product(a: jax.Array, b: jax.Array, bias: jax.Array | None, params: Params) -> jax.Array:
-    """alpha * (A @ B) + beta * bias, [*, M, N]; the bias is broadcastable to that."""
-    rows, cols = a.shape[-1 if params.transpose_lhs else -2], b.shape[-2 if params.transpose_rhs else -1]
-    batch = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    shape = (*batch, rows, cols)
-    if b.ndim == 2 and not params.transpose_lhs:
-        a, b = a.reshape(1, math.prod(a.shape[:-1]), a.shape[-1]), b[None]
-        bias = None if bias is None else _folded_bias(bias, shape)
-    else:
-        a, b = _batched(a, batch), _batched(b, batch)
-        bias = None if bias is None else _batched(bias.reshape((1,) * (2 - bias.ndim) + bias.shape), batch)
-    out = primitive.gemm(
+    """alpha * (A @ B) + beta * bias, [*, M, N], under the contract of its operands; the bias is broadcastable to that."""
+    return primitive.gemm(
         a,
         b,
         bias,
@@ -54,46 +51,49 @@ def product(a: jax.Array, b: jax.Array, bias: jax.Array | None, params: Params) 
         transpose_lhs=params.transpose_lhs,
         transpose_rhs=params.transpose_rhs,
     )
-    return out.reshape(shape)
 
 
-def _batched(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
-    """x [*, R, C] as [B, R, C], or as [1, R, C] where it is broadcast over the whole batch."""
-    if math.prod(x.shape[:-2]) != 1 or math.prod(batch) == 0:
-        x = jnp.broadcast_to(x, (*batch, *x.shape[-2:]))
-    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+def _tangent(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...], **params: Any) -> tuple[jax.Array, Any]:
+    (a, b, *_), (da, db, *dbias) = primals, tangents
+    moved = [t for t in dbias if not isinstance(t, ad.Zero)]
+    pairs = [pair for pair in ((da, b), (a, db)) if not any(isinstance(x, ad.Zero) for x in pair)]
+    if not pairs:
+        pairs = [(jnp.zeros_like(a), b)]
+    terms = [primitive.gemm(x, y, bias, **params) for (x, y), bias in zip(pairs, [*moved, None, None], strict=False)]
+    return primitive.gemm_p.bind(*primals, **params), terms[0] if len(terms) == 1 else lax.add(*terms)
 
 
-def _folded_bias(bias: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The bias of a product whose batch is folded into M: one row for all, or every row."""
-    if math.prod(bias.shape[:-1]) == 1:
-        return bias.reshape(1, 1, -1)
-    return jnp.broadcast_to(bias, shape).reshape(1, math.prod(shape[:-1]), shape[-1])
+def _transpose(
+    cotangent: Any, a: Any, b: Any, *bias: Any, alpha: float, beta: float, transpose_lhs: bool, transpose_rhs: bool, **_: Any
+) -> list[jax.Array | None]:
+    """The gradients of the operands that the product is linear in, which are those that are undefined."""
+    operands = (a, b, *bias)
+    if isinstance(cotangent, ad.Zero):
+        return [None] * len(operands)
+    shapes = [x.aval.shape if ad.is_undefined_primal(x) else x.shape for x in operands]
+    dtype = (b if ad.is_undefined_primal(a) else a).dtype
+    g = narrow(cotangent, dtype)
+    symmetric = gemm_contract(dtype.name).split is None  # B^T @ A^T has the bits of A @ B; not so for the parts of float32
+    gradients: list[jax.Array | None] = [None] * len(operands)
+    if ad.is_undefined_primal(a):
+        if transpose_lhs and symmetric:
+            gradients[0] = _reduced_product(b, g, transpose_rhs, True, shapes[0], alpha)
+        else:
+            grad = _reduced_product(g, b, False, not transpose_rhs, _swapped(shapes[0], transpose_lhs), alpha)
+            gradients[0] = grad.mT if transpose_lhs else grad
+    if ad.is_undefined_primal(b):
+        if transpose_rhs and symmetric:
+            gradients[1] = _reduced_product(g, a, True, transpose_lhs, shapes[1], alpha)
+        else:
+            grad = _reduced_product(a, g, not transpose_lhs, False, _swapped(shapes[1], transpose_rhs), alpha)
+            gradients[1] = grad.mT if transpose_rhs else grad
+    if bias and ad.is_undefined_primal(bias[0]):
+        gradients[2] = _reduced_sum(g, shapes[2], bias[0].aval.dtype, beta)
+    return gradients
 
 
-def _forward(a: jax.Array, b: jax.Array, bias: jax.Array | None, params: Params) -> tuple[jax.Array, tuple]:
-    return product(a, b, bias, params), (a, b, bias)
-
-
-def _backward(params: Params, saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    a, b, bias = saved
-    g = cotangent.astype(a.dtype)
-    swap_a, swap_b = params.transpose_lhs, params.transpose_rhs
-    symmetric = gemm_contract(a.dtype.name).split is None  # B^T @ A^T has the bits of A @ B; not so for the parts of float32
-    if swap_a and symmetric:
-        grad_a = _reduced_product(b, g, swap_b, True, a.shape, params.alpha)
-    else:
-        grad_a = _reduced_product(g, b, False, not swap_b, _swapped(a.shape, swap_a), params.alpha)
-        grad_a = grad_a.mT if swap_a else grad_a
-    if swap_b and symmetric:
-        grad_b = _reduced_product(g, a, True, swap_a, b.shape, params.alpha)
-    else:
-        grad_b = _reduced_product(a, g, not swap_a, False, _swapped(b.shape, swap_b), params.alpha)
-        grad_b = grad_b.mT if swap_b else grad_b
-    return grad_a, grad_b, None if bias is None else _reduced_sum(g, bias, params.beta)
-
-
-product.defvjp(_forward, _backward)
+ad.primitive_jvps[primitive.gemm_p] = _tangent
+ad.primitive_transposes[primitive.gemm_p] = _transpose
 
 
 def _swapped(shape: tuple[int, ...], swap: bool) -> tuple[int, ...]:
@@ -106,9 +106,9 @@ def _reduced_product(
     """alpha * (X @ Y), summed over the batch dimensions that the operand of `shape` was broadcast along."""
     batch = jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     summed = _broadcast_dims(batch, shape[:-2])
-    params = Params(alpha, 1.0, x.dtype, transpose_x, transpose_y)
     if summed:
         x, y = x.mT if transpose_x else x, y.mT if transpose_y else y
+        transpose_x = transpose_y = False
         x, y = (jnp.broadcast_to(z, (*batch, *z.shape[-2:])) for z in (x, y))
         kept = [i for i in range(len(batch)) if i not in summed]
         sizes = [batch[i] for i in kept]
@@ -116,17 +116,16 @@ def _reduced_product(
         row, col = len(batch), len(batch) + 1
         x = x.transpose(*kept, row, *summed, col).reshape(*sizes, x.shape[-2], k)
         y = y.transpose(*kept, *summed, row, col).reshape(*sizes, k, y.shape[-1])
-        params = replace(params, transpose_lhs=False, transpose_rhs=False)
-    return product(x, y, None, params).reshape(shape)
+    return product(x, y, None, Params(alpha, 1.0, x.dtype, transpose_x, transpose_y)).reshape(shape)
 
 
-def _reduced_sum(g: jax.Array, bias: jax.Array, beta: float) -> jax.Array:
-    """beta * G, summed over the dimensions that the bias was broadcast along, as a product with ones."""
-    summed = _broadcast_dims(g.shape, bias.shape)
+def _reduced_sum(g: jax.Array, shape: tuple[int, ...], dtype: Any, beta: float) -> jax.Array:
+    """beta * G, summed over the dimensions that a bias of `shape` was broadcast along, as a product with ones."""
+    summed = _broadcast_dims(g.shape, shape)
     kept = [i for i in range(g.ndim) if i not in summed]
     terms = math.prod(g.shape[i] for i in summed)
     g = g.transpose(*summed, *kept).reshape(terms, math.prod(g.shape[i] for i in kept))
-    return product(jnp.ones((1, terms), g.dtype), g, None, Params(beta, 1.0, bias.dtype)).reshape(bias.shape)
+    return product(jnp.ones((1, terms), g.dtype), g, None, Params(beta, 1.0, dtype)).reshape(shape)
 
 
 def _broadcast_dims(shape: tuple[int, ...], own: tuple[int, ...]) -> list[int]:

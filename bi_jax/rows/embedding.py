@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import core, lax
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching
 
+from bi_jax.engines import define, result_type, varying
 from bi_jax.float64 import decode, encode, round32, round_to, storage_bits
-from bi_jax.platforms import ARCHITECTURE, check_capability
 from bi_jax.rows import embedding_kernel
 from bi_jax.rows.arguments import array, id_array
 from bi_jax.rows.op import Op
@@ -45,17 +45,21 @@ def _lookup(e: SimpleNamespace) -> dict[str, jax.Array]:
     return {"y": lax.bitcast_convert_type(jnp.where(inside[:, None], found, nan), e.weight.dtype)}
 
 
+def _tangent(s: SimpleNamespace, t: SimpleNamespace) -> dict[str, jax.Array]:
+    return _lookup(SimpleNamespace(weight=t.weight, ids=s.ids))
+
+
 def _gradient(s: SimpleNamespace, g: SimpleNamespace) -> dict[str, jax.Array]:
     rows = s.shapes["weight"][0]
-    return {"weight": embedding_gradient_p.bind(g.y, s.counted, rows=rows, out_dtype=s.dtypes["weight"])}
+    return {"weight": embedding_gradient_p.bind(*varying((g.y, s.counted)), rows=rows, out_dtype=s.dtypes["weight"])}
 
 
-_embedding = Op("embedding", _lookup, keep=("counted",), gradient=_gradient)
+_embedding = Op("embedding", _lookup, keep=("ids", "counted"), gradient=_gradient, tangent=_tangent)
 
 
 @embedding_gradient_p.def_abstract_eval
 def _abstract(g: Any, ids: Any, *, rows: int, out_dtype: Any) -> core.ShapedArray:
-    return core.ShapedArray((rows, g.shape[1]), out_dtype)
+    return result_type("embedding", (rows, g.shape[1]), out_dtype, (g, ids))
 
 
 def _sorted_tokens(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -86,23 +90,16 @@ def _on_cpu(g: jax.Array, ids: jax.Array, *, rows: int, out_dtype: Any) -> jax.A
 
 
 def _on_cuda(g: jax.Array, ids: jax.Array, *, rows: int, out_dtype: Any) -> jax.Array:
-    check_capability()
     return embedding_kernel.gradient(g, *_sorted_tokens(ids, rows), rows=rows, out_dtype=out_dtype)
 
 
-def _lowering(engine: Any) -> Any:
-    def run(g: jax.Array, ids: jax.Array, *, rows: int, out_dtype: Any) -> jax.Array:
+def _engine(run: Any) -> Any:
+    def engine(g: jax.Array, ids: jax.Array, *, rows: int, out_dtype: Any) -> jax.Array:
         if not rows * g.size:
             return jnp.zeros((rows, g.shape[1]), out_dtype)
-        return engine(g, ids, rows=rows, out_dtype=out_dtype)
+        return run(g, ids, rows=rows, out_dtype=out_dtype)
 
-    return mlir.lower_fun(run, multiple_results=False)
-
-
-def _unsupported(ctx: mlir.LoweringRuleContext, *_: Any, **__: Any) -> Any:
-    raise NotImplementedError(
-        f"bi_jax: no embedding for {ctx.module_context.platforms}: supported are cpu and cuda ({ARCHITECTURE})"
-    )
+    return engine
 
 
 def _batch(operands: tuple[jax.Array, jax.Array], axes: tuple[int | None, int | None], **params: Any) -> tuple[jax.Array, int]:
@@ -115,14 +112,5 @@ def _batch(operands: tuple[jax.Array, jax.Array], axes: tuple[int | None, int | 
     return lax.map(lambda pair: embedding_gradient_p.bind(*pair, **params), (g, ids)), 0
 
 
-def _bind(g: jax.Array, ids: jax.Array, rows: int, out_dtype: Any) -> jax.Array:
-    return embedding_gradient_p.bind(g, ids, rows=rows, out_dtype=out_dtype)
-
-
-_jitted = jax.jit(_bind, static_argnums=(2, 3))
-
-embedding_gradient_p.def_impl(lambda g, ids, *, rows, out_dtype: _jitted(g, ids, rows, out_dtype))
-mlir.register_lowering(embedding_gradient_p, _unsupported)
-mlir.register_lowering(embedding_gradient_p, _lowering(_on_cpu), platform="cpu")
-mlir.register_lowering(embedding_gradient_p, _lowering(_on_cuda), platform="cuda")
+define(embedding_gradient_p, lambda **_: "embedding", _engine(_on_cpu), _engine(_on_cuda))
 batching.primitive_batchers[embedding_gradient_p] = _batch

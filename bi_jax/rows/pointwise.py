@@ -13,9 +13,15 @@ from shared_specs.rows import RowProgram
 
 
 def _unary(program: RowProgram, backward: RowProgram) -> Op:
-    """The op of a function of one input, whose gradient is a program of the input and the cotangent."""
+    """The op of a function of one input, whose derivative is a program of the input and the cotangent, or the tangent."""
     backward_op = row_op(program.name, backward)
-    return row_op(program.name, program, keep=("x",), gradient=lambda s, g: {"x": backward_op(s.x.dtype, x=s.x, g=g.y).dx})
+    return row_op(
+        program.name,
+        program,
+        keep=("x",),
+        gradient=lambda s, g: {"x": backward_op(s.x.dtype, x=s.x, g=g.y).dx},
+        tangent=lambda s, t: {"y": backward_op(s.x.dtype, x=s.x, g=t.x).dx},
+    )
 
 
 _exp = _unary(programs.EXP, programs.EXP_BACKWARD)
@@ -46,6 +52,10 @@ def _turn(e: SimpleNamespace) -> dict[str, jax.Array]:
     return {"y": _on_pairs(programs.ROTARY, ("x1", "x2"), ("y1", "y2"), e.x, e)}
 
 
+def _turn_tangent(s: SimpleNamespace, t: SimpleNamespace) -> dict[str, jax.Array]:
+    return {"y": _on_pairs(programs.ROTARY, ("x1", "x2"), ("y1", "y2"), t.x, s)}
+
+
 def _turn_back(s: SimpleNamespace, g: SimpleNamespace) -> dict[str, jax.Array]:
     return {"x": _on_pairs(programs.ROTARY_BACKWARD, ("g1", "g2"), ("dx1", "dx2"), g.y, s)}
 
@@ -66,7 +76,7 @@ def _on_pairs(
 
 
 # `interleaved` is an empty array or None, so that it is known when tracing.
-_rotary = Op("rotary_embedding", _turn, keep=("cos", "sin", "interleaved"), gradient=_turn_back)
+_rotary = Op("rotary_embedding", _turn, keep=("cos", "sin", "interleaved"), gradient=_turn_back, tangent=_turn_tangent)
 _rotary_tables = row_op("rotary_tables", programs.ROTARY_TABLES)
 
 

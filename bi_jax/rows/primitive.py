@@ -1,7 +1,6 @@
 """The JAX primitives behind every row operation: a row program, or a column program, on arrays.
 
-The engine is chosen by the platform that a computation is lowered for, whatever devices this machine has: on CPU
-`cpu`, on CUDA `mosaic`. Other platforms raise.
+On CPU they are the functions of `cpu`, on CUDA those of `mosaic`. Their derivatives are those of the ops made of them (`op`).
 """
 
 import functools
@@ -12,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import core, lax
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching
 
+from bi_jax.engines import define, result_type, varying
 from bi_jax.narrow import narrow
-from bi_jax.platforms import ARCHITECTURE, check_capability
 from bi_jax.rows import cpu, mosaic
 from shared_specs.rows import ColumnProgram, RowProgram
 
@@ -72,16 +71,16 @@ def _operands(program: Program, inputs: Mapping[str, Any], scalars: Mapping[str,
     integers = getattr(program, "integers", ())
     numbers = {name: jnp.asarray(x, jnp.int32 if name in integers else jnp.float32) for name, x in scalars.items()}
     values = {**inputs, **numbers}
-    return [values[name] for name in (*_per_row(program), *_shared(program))]
+    return varying([values[name] for name in (*_per_row(program), *_shared(program))])
 
 
-def _abstract_rows(x: Any, *_: Any, program: RowProgram, out_dtypes: tuple[Any, ...]) -> list[core.ShapedArray]:
-    full = [core.ShapedArray(x.shape, dtype) for dtype in out_dtypes]
-    return full + [core.ShapedArray(x.shape[:1], jnp.float32) for _ in program.row_outputs]
+def _abstract_rows(x: Any, *others: Any, program: RowProgram, out_dtypes: tuple[Any, ...]) -> list[core.ShapedArray]:
+    shapes = [(x.shape, dtype) for dtype in out_dtypes] + [(x.shape[:1], jnp.float32) for _ in program.row_outputs]
+    return [result_type(program.name, *shape, (x, *others)) for shape in shapes]
 
 
-def _abstract_columns(x: Any, *_: Any, program: ColumnProgram, out_dtypes: tuple[Any, ...]) -> list[core.ShapedArray]:
-    return [core.ShapedArray(x.shape[1:], dtype) for dtype in out_dtypes]
+def _abstract_columns(x: Any, *others: Any, program: ColumnProgram, out_dtypes: tuple[Any, ...]) -> list[core.ShapedArray]:
+    return [result_type(program.name, x.shape[1:], dtype, (x, *others)) for dtype in out_dtypes]
 
 
 def _on_cpu(program: Program, *operands: Any) -> dict[str, jax.Array]:
@@ -89,27 +88,20 @@ def _on_cpu(program: Program, *operands: Any) -> dict[str, jax.Array]:
 
 
 def _on_cuda(program: Program, *operands: Any) -> dict[str, jax.Array]:
-    check_capability()
     return mosaic.run_rows(program, *operands) if isinstance(program, RowProgram) else mosaic.run_columns(program, *operands)
 
 
-def _lowering(engine: Callable[..., dict[str, jax.Array]]) -> Any:
-    def run(*operands: jax.Array, program: Program, out_dtypes: tuple[Any, ...]) -> list[jax.Array]:
+def _engine(run: Callable[..., dict[str, jax.Array]]) -> Callable[..., list[jax.Array]]:
+    def engine(*operands: jax.Array, program: Program, out_dtypes: tuple[Any, ...]) -> list[jax.Array]:
         values = dict(zip((*_per_row(program), *_shared(program)), operands, strict=True))
         scalars = {name: values.pop(name) for name in (*program.scalars, *getattr(program, "integers", ()))}
         names = (*program.outputs, *program.row_outputs) if isinstance(program, RowProgram) else tuple(program.sums)
         # Without elements there is no kernel to launch: what is left, numbers of rows, needs no engine of the platform.
-        chosen = engine if operands[0].size else _on_cpu
+        chosen = run if operands[0].size else _on_cpu
         results = chosen(program, values, scalars, dict(zip(names, out_dtypes, strict=False)))
         return [results[name] for name in names]
 
-    return mlir.lower_fun(run, multiple_results=True)
-
-
-def _unsupported(ctx: mlir.LoweringRuleContext, *_: Any, program: Program, **__: Any) -> Any:
-    raise NotImplementedError(
-        f"bi_jax: no {program.name} for {ctx.module_context.platforms}: supported are cpu and cuda ({ARCHITECTURE})"
-    )
+    return engine
 
 
 def _batch(primitive: Primitive, operands: tuple[jax.Array, ...], axes: tuple[int | None, ...], **params: Any) -> Any:
@@ -139,15 +131,7 @@ def _batch(primitive: Primitive, operands: tuple[jax.Array, ...], axes: tuple[in
     return [lax.reshape(x, (size, x.shape[0] // size, *x.shape[1:])) for x in results], [0] * len(results)
 
 
-def _eager(primitive: Primitive) -> Callable[..., list[jax.Array]]:
-    jitted = jax.jit(lambda operands, params: primitive.bind(*operands, **dict(params)), static_argnums=1)
-    return lambda *operands, **params: jitted(operands, tuple(sorted(params.items())))
-
-
 for primitive, abstract in ((rows_p, _abstract_rows), (columns_p, _abstract_columns)):
     primitive.def_abstract_eval(abstract)
-    primitive.def_impl(_eager(primitive))
-    mlir.register_lowering(primitive, _unsupported)
-    mlir.register_lowering(primitive, _lowering(_on_cpu), platform="cpu")
-    mlir.register_lowering(primitive, _lowering(_on_cuda), platform="cuda")
+    define(primitive, lambda program, **_: program.name, _engine(_on_cpu), _engine(_on_cuda))
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)

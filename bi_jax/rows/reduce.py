@@ -16,10 +16,22 @@ from shared_specs.programs import reduce as programs
 from shared_specs.programs import softmax as softmax_programs
 
 _spread = row_op("sum", programs.SPREAD)
-_sum = row_op("sum", programs.SUM, keep=("x",), gradient=lambda s, g: {"x": _spread(s.x.dtype, like=s.x, g=g.y).dx})
+_sum: Op = row_op(
+    "sum",
+    programs.SUM,
+    keep=("x",),
+    gradient=lambda s, g: {"x": _spread(s.x.dtype, like=s.x, g=g.y).dx},
+    tangent=lambda s, t: {"y": _sum(s.dtype, x=t.x).y},
+)
 
 _mean_backward = row_op("mean", programs.MEAN_BACKWARD)
-_mean = row_op("mean", programs.MEAN, keep=("x",), gradient=lambda s, g: {"x": _mean_backward(s.x.dtype, like=s.x, g=g.y).dx})
+_mean: Op = row_op(
+    "mean",
+    programs.MEAN,
+    keep=("x",),
+    gradient=lambda s, g: {"x": _mean_backward(s.x.dtype, like=s.x, g=g.y).dx},
+    tangent=lambda s, t: {"y": _mean(s.dtype, x=t.x).y},
+)
 
 _var_backward = row_op("var", programs.VAR_BACKWARD)
 _var = row_op(

@@ -32,6 +32,7 @@ _softmax = row_op(
     programs.SOFTMAX,
     keep=("y",),
     gradient=lambda s, g: {"x": _softmax_backward(s.dtypes["x"], y=s.y, g=g.y).dx},
+    tangent=lambda s, t: {"y": _softmax_backward(s.dtype, y=s.y, g=t.x).dx},  # the Jacobian is symmetric
 )
 
 _log_softmax_backward = row_op("log_softmax", programs.LOG_SOFTMAX_BACKWARD)
