@@ -1,5 +1,6 @@
 """Batch-invariant operations for JAX, with the same bits as `bi_torch` and on a CPU."""
 
+from bi_jax.attention import scaled_dot_product_attention
 from bi_jax.gemm import addmm, baddbmm, bmm, linear, matmul, mm, workspace_bytes
 from bi_jax.rows.embedding import embedding
 from bi_jax.rows.norm import fused_add_rms_norm, layer_norm, rms_norm
@@ -49,6 +50,7 @@ __all__ = [
     "rotary_embedding",
     "rotary_tables",
     "rsqrt",
+    "scaled_dot_product_attention",
     "sgd",
     "sigmoid",
     "silu",

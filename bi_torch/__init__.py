@@ -2,6 +2,7 @@
 
 import os
 
+from bi_torch.attention import scaled_dot_product_attention
 from bi_torch.gemm.api import addmm, baddbmm, bmm, linear, matmul, mm
 from bi_torch.mode.switch import (
     VARIABLE,
@@ -67,6 +68,7 @@ __all__ = [
     "rotary_embedding",
     "rotary_tables",
     "rsqrt",
+    "scaled_dot_product_attention",
     "set_batch_invariant_mode",
     "sgd",
     "sgd_",
