@@ -1,0 +1,97 @@
+"""torch.compile under the mode: what is compiled has the bits of the eager model, and is compiled anew when the mode changes.
+
+How the replaced operations get into a graph
+    The mode registers its kernels at the keys AutogradCPU and AutogradCUDA, beside CPU and CUDA. Dynamo and AOTAutograd trace
+    by running a model on tensors without data, so they call those kernels: what a graph records are operations
+    `bi_torch::*`, before anything is decomposed or fused, in the forward and in the backward, under grad, no_grad and
+    inference_mode alike. To a compiler they are opaque: it calls them, and they choose their schedule when they run, so
+    nothing is frozen at the first shape that was traced.
+
+What Inductor does with the rest
+    `bi_torch.mode.graph` leaves it data movement, integers, and the arithmetic that IEEE 754 fixes, rounded as eager rounds it.
+    Every other operation is a call through the dispatcher, where it meets the mode's kernels as it does in eager.
+
+When code is compiled anew
+    The mode is a guard of every frame that Dynamo compiles once the mode was used: code for another state of it is not run, and
+    is found again when that state returns. Graphs cached on disk have the state, and our sources, in their keys.
+
+Two functions of torch are wrapped, once, when the mode is first enabled; a process that never enables it has torch's own.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch._guards import GuardsContext, GuardSource, Source
+
+State = Any
+"""What the mode is: None while it is off, and an object that compares equal and hashes by what was asked for while it is on."""
+
+_installed = False
+
+
+def install(state: Callable[[], State]) -> None:
+    """Make the mode a guard and tell Inductor about it. Only the first call does anything.
+
+    Args:
+        state: the state of the mode; called whenever compiled code is entered, so it is to be fast.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    _guard_frames(state)
+    _wrap_inductor(state)
+    if "torch._dynamo.convert_frame" in sys.modules:
+        torch._dynamo.reset()  # what was compiled until now has no such guard
+
+
+class _ModeSource(Source):
+    """Where the guarded value comes from, in Dynamo's terms: neither an argument nor a variable."""
+
+    guard_source = GuardSource.GLOBAL
+
+    @property
+    def _name_template(self) -> str:
+        return ""
+
+    def __hash__(self) -> int:
+        return hash(_ModeSource)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ModeSource)
+
+
+def _guard_frames(state: Callable[[], State]) -> None:
+    def batch_invariant_mode(builder: Any, guard: Any) -> None:
+        compiled_for = state()
+        code = [f"batch-invariant mode == {compiled_for}"]
+        guard.set_export_info("batch_invariant_mode", None, code, None)
+        builder.guard_manager.root.add_lambda_guard(lambda _: state() == compiled_for, code, guard.user_stack)
+
+    initialize = GuardsContext.__init__
+
+    @wraps(initialize)
+    def with_mode(self: GuardsContext) -> None:
+        initialize(self)
+        self.dynamo_guards.add(_ModeSource().make_guard(batch_invariant_mode))
+
+    GuardsContext.__init__ = with_mode  # type: ignore[method-assign]
+
+
+def _wrap_inductor(state: Callable[[], State]) -> None:
+    backend = torch._TorchCompileInductorWrapper
+    stock = backend.__call__
+
+    @wraps(stock)
+    def with_mode(self: Any, model: Any, inputs: Any) -> Any:
+        current = state()
+        if current is None:
+            return stock(self, model, inputs)
+        from bi_torch.mode import graph  # imports Inductor
+
+        return graph.compile_graph(model, inputs, self.config, current)
+
+    backend.__call__ = with_mode  # type: ignore[method-assign]
