@@ -74,8 +74,17 @@ def define(primitive: Primitive, name: Callable[..., str], on_cpu: Callable[...,
     jitted = jax.jit(lambda operands, params: primitive.bind(*operands, **dict(params)), static_argnums=1)
     primitive.def_impl(lambda *operands, **params: jitted(operands, tuple(sorted(params.items()))))
     mlir.register_lowering(primitive, unsupported)
-    for platform, engine in (("cpu", on_cpu), ("cuda", checked)):
+    for platform, engine in (("cpu", _isolated(on_cpu)), ("cuda", checked)):
         mlir.register_lowering(primitive, lowering(engine, primitive.multiple_results), platform=platform)
+
+
+def _isolated(engine: Callable[..., Any]) -> Callable[..., Any]:
+    """`engine` behind barriers. Fused with other operations on its patterns, its arithmetic takes LLVM minutes to compile."""
+
+    def run(*operands: jax.Array, **params: Any) -> Any:
+        return lax.optimization_barrier(engine(*lax.optimization_barrier(operands), **params))
+
+    return run
 
 
 def lowering(engine: Callable[..., Any], multiple_results: bool) -> Any:
