@@ -1,16 +1,16 @@
 """How every ATen operation behaves when the batch changes: `python -m bi_torch.mode.coverage [WORDS]` prints the table.
 
-The table is data, `coverage.json`: recorded, device by device, by `tests/coverage_record`, which runs torch's own database of sample
-inputs and compares rows alone, in batches, at offsets and strided, bit for bit. The mode reads it to know what to refuse,
-and tests hold the mode to it. An operation belongs to one of four classes:
+The table is data, `coverage.json`: recorded, device by device, by `tests/coverage_record`, which runs torch's own database of
+sample inputs and compares rows alone, in batches, at offsets and strided, bit for bit. The mode reads it to know what to
+refuse, and tests hold the mode to it. An operation belongs to one of four classes:
 
 covered      the mode replaces it, or it is composed of operations that the mode replaces
 elementwise  ATen's own kernel: every element has the same bits wherever it stands, seen by test
 exact        nothing is rounded that depends on other rows: views, copies, comparisons, integers, selections, random numbers
 uncovered    the bits of a row may depend on the batch; the mode refuses it (see `on_uncovered`)
 
-Operations that ATen composes of others (CompositeImplicitAutograd) are not in the table unless the mode replaces them: their parts
-are. Operations on integers are exact in every class.
+Operations that ATen composes of others (CompositeImplicitAutograd) are not in the table unless the mode replaces them: their
+parts are. Operations on integers are exact in every class.
 """
 
 import argparse
@@ -59,7 +59,8 @@ CONDITIONS: dict[str, Condition] = {
     "alpha": Condition("for 16-bit formats and an alpha that is neither 1 nor -1", _rounds_product),
     "collisions": Condition("unless there is one index along the dimension", _several_targets),
     "mode": Condition("with mode sum or mean", lambda arguments: arguments["mode"] != 2),
-    "training": Condition("in training", lambda arguments: bool(arguments["training"])),
+    "reduces": Condition("unless reduction='none'", lambda arguments: arguments["reduction"] != 0),
+    "training": Condition("in training", lambda arguments: bool(arguments.get("training", arguments.get("train")))),
 }
 
 

@@ -30,8 +30,13 @@ def kernels(device: str, policy: Callable[[], Policy]) -> dict[str, Kernel]:
     return {
         name: _kernel(entry, torch.library.get_kernel(f"aten::{name}", key), policy)
         for name, entry in coverage.entries(device).items()
-        if entry.kind == "uncovered" and torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"aten::{name}", key)
+        if entry.kind == "uncovered" and (name == entry.functional or _has_kernel(name, key))
     }
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    """Whether a form has a kernel of its own; one that has not runs the functional form."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
 
 
 def depends_on_batch(entry: Entry, op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
