@@ -22,13 +22,17 @@ from bi_jax.rows.pointwise import (
 )
 from bi_jax.rows.reduce import amax, amin, logsumexp, mean, sum, var  # noqa: A004
 from bi_jax.rows.softmax import cross_entropy, log_softmax, softmax, token_logprobs
+from bi_jax.transform import UncoveredOperationError, UncoveredOperationWarning, batch_invariant, explain
 
 __all__ = [
+    "UncoveredOperationError",
+    "UncoveredOperationWarning",
     "adamw",
     "addmm",
     "amax",
     "amin",
     "baddbmm",
+    "batch_invariant",
     "bmm",
     "clip_by_global_norm",
     "cos",
@@ -36,6 +40,7 @@ __all__ = [
     "embedding",
     "erf",
     "exp",
+    "explain",
     "fused_add_rms_norm",
     "gelu",
     "layer_norm",

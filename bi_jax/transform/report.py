@@ -4,16 +4,17 @@ import dataclasses
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.extend.core import Jaxpr
-from rich.console import Console
-from rich.table import Table
 
 from bi_jax.transform.coverage import Options, source
 from bi_jax.transform.rewrite import inner
 from bi_jax.transform.rules import Treatment, treatment
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Explanation:
 
     rows: tuple[Row, ...]
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> "Table":
+        from rich.table import Table
+
         table = Table("primitive", "operands -> results", "computed by", "count")
         for row in self.rows:
             if row.treatment != "kept":
@@ -49,6 +52,8 @@ class Explanation:
         return table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         text = io.StringIO()
         Console(file=text, width=160).print(self)
         return text.getvalue()
