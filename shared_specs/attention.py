@@ -129,5 +129,12 @@ def _aligned(*shapes: Shape) -> list[Shape]:
 
 
 def _broadcast(*shapes: Shape) -> Shape | None:
-    sizes = [{n for n in column if n != 1} for column in zip(*shapes, strict=True)]
-    return None if any(len(column) > 1 for column in sizes) else tuple(column.pop() if column else 1 for column in sizes)
+    batch = []
+    for column in zip(*shapes, strict=True):
+        size = 1
+        for n in column:
+            if size != 1 and n not in (1, size):
+                return None
+            size = n if size == 1 else size
+        batch.append(size)
+    return tuple(batch)

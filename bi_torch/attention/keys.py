@@ -70,9 +70,14 @@ def causal_keys(layout: AttentionLayout, device: torch.device) -> Keys:
 
 def mask_keys(mask: Tensor, admitted: Tensor) -> Keys:
     """The keys that a mask admits; `admitted` is what `read_mask` made of it."""
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not mask.is_cuda:  # nothing to wait for
+        return find_keys(admitted, look=Tensor.tolist)
+    if torch.cuda.is_current_stream_capturing():
         return find_keys(admitted, look=None)
-    return _SEEN.get(mask, admitted)
+    if mask.is_inference():  # nothing tells of changes
+        return find_keys(admitted, look=Tensor.tolist)
+    stream = torch._C._cuda_getCurrentRawStream(mask.device.index)
+    return _SEEN.get(mask, (stream, admitted.shape), lambda: find_keys(admitted, look=Tensor.tolist))
 
 
 def find_keys(admitted: Tensor, look: Callable[[Tensor], list[bool]] | None) -> Keys:
@@ -98,25 +103,26 @@ def row_order(admitted: Tensor) -> Tensor:
     return torch.sort(admitted.logical_not(), dim=-1, stable=True).indices
 
 
-class _Seen:
+class Seen:
     """What was found in masks that still live, by their memory and version."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], tuple[StorageWeakRef, Keys]] = {}
 
-    def get(self, mask: Tensor, admitted: Tensor) -> Keys:
-        """The keys of `admitted`, which was made from `mask`."""
-        if mask.is_inference() or not mask.is_cuda:  # no version tells of changes; nothing to wait for
-            return find_keys(admitted, look=Tensor.tolist)
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def get(self, mask: Tensor, more: tuple[Any, ...], find: Callable[[], Keys]) -> Keys:
+        """What `find` returned for this mask, which is called once as long as mask and `more` stay the same."""
         storage = StorageWeakRef(mask.untyped_storage())
-        view = (mask.dtype, mask.storage_offset(), mask.shape, mask.stride(), admitted.shape)
-        key = (storage.cdata, mask._version, torch._C._cuda_getCurrentRawStream(mask.device.index), *view)
+        view = (mask.dtype, mask.storage_offset(), mask.shape, mask.stride())
+        key = (storage.cdata, mask._version, view, more)
         found = self._found.get(key)
         if found is None:
-            # A storage that is only referred to weakly keeps its address: no other one can pass for it.
+            # A storage that is only referred to weakly keeps its address, so no other one can pass for it.
             self._found = {k: kept for k, kept in self._found.items() if not kept[0].expired()}
-            found = self._found[key] = storage, find_keys(admitted, look=Tensor.tolist)
+            found = self._found[key] = storage, find()
         return found[1]
 
 
-_SEEN = _Seen()
+_SEEN = Seen()
