@@ -1,5 +1,126 @@
-"""Losses."""
+"""Elementwise functions that depend on where an element stands, and those that another framework must be able to match.
 
-from bi_torch.mode.override import Override
+On a CPU torch computes most elements of some functions with vector instructions and the rest one by one, by another program.
+For sigmoid, silu, gelu and rsqrt the contract has a program, which takes their place there; `portable=True` puts the contract's
+programs in place of all functions that it has, on both devices. For the others every element goes through the vector
+instructions: `aligned` hands torch's kernel whole vectors.
+"""
 
-OVERRIDES: tuple[Override, ...] = ()
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bi_torch.mode.override import Function, Override, overload
+from bi_torch.rows import pointwise
+from bi_torch.rows.arguments import FLOATS
+from bi_torch.rows.reduce import INTEGERS
+from bi_torch.stock import stock_kernels
+
+VECTORS = 64
+"""Elements that any vector loop of torch's CPU kernels takes at a time: two registers of 512 bits of 16-bit numbers."""
+
+PIECE = 1 << 14
+"""Elements of a call; with fewer than 2^15, torch does not divide them among threads, at places that depend on their number."""
+
+
+def _unary(function: Callable[..., Tensor]) -> Function:
+    """An elementwise function; integers and bools are float32 first, as far as torch's default dtype is that."""
+
+    def run(self: Tensor, **options: Any) -> Any:
+        if self.dtype in FLOATS:
+            return in_order(lambda x: function(x, **options), self)
+        if self.dtype in INTEGERS and torch.get_default_dtype() in FLOATS:
+            return in_order(lambda x: function(x, **options), self.to(torch.get_default_dtype()))
+        return NotImplemented
+
+    return run
+
+
+def _gradient(function: Callable[..., Tensor]) -> Function:
+    def run(grad_output: Tensor, self: Tensor, **options: Any) -> Any:
+        return function(grad_output, self, **options) if self.dtype in FLOATS else NotImplemented
+
+    return run
+
+
+def in_order(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), with the strides of x where its elements are dense in another order of dimensions."""
+    if x.is_contiguous():
+        return function(x)
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda d: -strides[d])
+    permuted = x.permute(order)
+    if not permuted.is_contiguous():
+        return function(x)
+    return function(permuted).permute([order.index(d) for d in range(x.dim())])
+
+
+def aligned(name: str) -> Function:
+    """Torch's own kernel of an elementwise op, for whole vectors and on one thread: every element takes the same path."""
+    op = overload(name)
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        # A number in a tensor promotes dtypes as a number does, unless there is nothing else.
+        places = [i for i in places if leaves[i].dim()] or places
+        shape = torch.broadcast_shapes(*(leaves[i].shape for i in places))
+        count = math.prod(shape)
+        flat = {i: _padded(leaves[i].broadcast_to(shape).reshape(count)) for i in places}
+        results = []
+        with stock_kernels():
+            for lo in range(0, max(1, count), PIECE):
+                piece = [flat[i][lo : lo + PIECE] if i in flat else leaf for i, leaf in enumerate(leaves)]
+                args, kwargs = pytree.tree_unflatten(piece, tree)
+                results.append(op(*args, **kwargs))
+        return torch.cat(results)[:count].reshape(shape)
+
+    return run
+
+
+def pow_of_number(self: float, exponent: Tensor) -> Tensor:
+    """self ** exponent."""
+    dtype = torch.result_type(self, exponent)
+    return aligned("pow.Tensor_Tensor")(torch.tensor(self, dtype=dtype, device=exponent.device), exponent.to(dtype))
+
+
+def _padded(x: Tensor) -> Tensor:
+    missing = -x.shape[0] % VECTORS
+    return torch.cat((x, x.new_ones(missing))) if missing else x
+
+
+def _both(name: str, function: Function, **options: Any) -> Override:
+    return Override(name, function, in_place=f"{name}_", out=f"{name}.out", **options)
+
+
+def _aligned() -> Iterator[Override]:
+    yield Override("pow.Scalar", pow_of_number, out="pow.Scalar_out", devices=("cpu",), autograd=False)
+    for name, out in (
+        ("softplus", "softplus.out"),
+        ("softplus_backward", "softplus_backward.grad_input"),
+        ("mish_backward", None),
+    ):
+        yield Override(name, aligned(name), out=out, devices=("cpu",), autograd=False)
+    for name in ("mish", "exp2"):
+        yield _both(name, aligned(name), devices=("cpu",), autograd=False)
+    for kind in ("Scalar", "Tensor"):
+        name = f"pow.Tensor_{kind}"
+        yield Override(name, aligned(name), f"pow_.{kind}", f"{name}_out", devices=("cpu",), autograd=False)
+
+
+OVERRIDES = (
+    _both("gelu", _unary(pointwise.gelu)),
+    _both("silu", _unary(pointwise.silu)),
+    Override("gelu_backward", _gradient(pointwise.gelu_backward), out="gelu_backward.grad_input", autograd=False),
+    Override("silu_backward", _gradient(pointwise.silu_backward), out="silu_backward.grad_input", autograd=False),
+    *(_both(name, _unary(getattr(pointwise, name)), devices=("cpu",), portable=True) for name in ("sigmoid", "rsqrt")),
+    *(
+        _both(name, _unary(getattr(pointwise, name)), devices=(), portable=True)
+        for name in ("exp", "log", "tanh", "erf", "sin", "cos")
+    ),
+    *_aligned(),
+)

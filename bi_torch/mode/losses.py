@@ -1,5 +1,79 @@
-"""Losses."""
+"""Losses that torch reduces inside their kernels, and embeddings, whose gradient is a sum over tokens.
+
+Losses that torch composes (l1, smooth l1, huber, binary cross entropy, kl_div) reach their mean or sum through the overrides of
+those.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from bi_torch.mode.override import Override
+from bi_torch.rows import embedding as embeddings
+from bi_torch.rows import reduce, softmax
+from bi_torch.rows.arguments import FLOATS, IDS
 
-OVERRIDES: tuple[Override, ...] = ()
+Reduction = Literal["none", "mean", "sum"]
+REDUCTIONS: tuple[Reduction, ...] = ("none", "mean", "sum")
+"""By torch's numbers."""
+
+
+def cross_entropy_loss(
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """Cross entropy of classes; with class weights or probabilities it is torch's composition of ops that are replaced."""
+    if self.dtype not in FLOATS or target.dtype not in IDS or weight is not None:
+        return NotImplemented
+    how = REDUCTIONS[reduction]
+    return softmax.cross_entropy(self, target, ignore_index=ignore_index, reduction=how, label_smoothing=label_smoothing)
+
+
+def nll_loss_forward(self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Any:
+    """The loss, and the sum of the weights that it was divided by."""
+    if self.dtype not in FLOATS or target.dtype not in IDS:
+        return NotImplemented
+    loss, total = softmax.nll_loss(self, target, weight, ignore_index=ignore_index, reduction=REDUCTIONS[reduction])
+    return loss, total.to(self.dtype) if reduction else self.new_zeros(())
+
+
+def mse_loss(self: Tensor, target: Tensor, reduction: int = 1) -> Any:
+    """The squared error of tensors that broadcast."""
+    dtype = torch.result_type(self, target)
+    if REDUCTIONS[reduction] == "none" or dtype not in FLOATS:
+        return NotImplemented
+    x, y = torch.broadcast_tensors(self.to(dtype), target.to(dtype))
+    return reduce.squared_error(x, y, REDUCTIONS[reduction] == "mean")
+
+
+def embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Any:
+    """The rows of weight at indices; the gradient of a row is the sum over its tokens in their order."""
+    if weight.dtype not in FLOATS or indices.dtype not in IDS or weight.dim() != 2 or sparse or scale_grad_by_freq:
+        return NotImplemented
+    return embeddings.embedding(indices, weight, padding_idx if padding_idx >= 0 else None)
+
+
+def embedding_dense_backward(
+    grad_output: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
+) -> Any:
+    """The gradient of the weight of an embedding."""
+    if grad_output.dtype not in FLOATS or scale_grad_by_freq:
+        return NotImplemented
+    return embeddings.embedding_backward(grad_output, indices, num_weights, padding_idx)
+
+
+OVERRIDES = (
+    Override("cross_entropy_loss", cross_entropy_loss),
+    Override("nll_loss_forward", nll_loss_forward, out="nll_loss_forward.output"),
+    Override("nll_loss2d_forward", nll_loss_forward, out="nll_loss2d_forward.output"),
+    Override("mse_loss", mse_loss, out="mse_loss.out"),
+    Override("embedding", embedding, out="embedding.out"),
+    Override("embedding_dense_backward", embedding_dense_backward, out="embedding_dense_backward.out", autograd=False),
+)

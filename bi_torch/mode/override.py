@@ -32,6 +32,7 @@ class Override:
         devices: where the op depends on the batch, so that it is replaced whenever the mode is on.
         portable: with `portable=True` the op is replaced on both devices.
         autograd: the function has a gradient of its own; else torch's formula stands.
+        exact: what it returns needs no rounding, so that torch's kernel may serve the dtypes that the function does not take.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Override:
     devices: tuple[str, ...] = BOTH
     portable: bool = False
     autograd: bool = True
+    exact: bool = False
 
     def forms(self) -> Iterator[tuple[str, Function]]:
         """Every overload that is replaced, and by what."""

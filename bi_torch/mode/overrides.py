@@ -82,9 +82,9 @@ def _registrations(portable: bool) -> list[tuple[str, str, Kernel]]:
         backend, autograd = KEYS[device]
         for override in _active(device, portable):
             for name, function in override.forms():
-                composed = not _has_kernel(name, backend) and _has_kernel(name, "CompositeImplicitAutograd")
-                # The parts of a composed op, or the backend's kernel, are asked next and can say no themselves.
-                found.append((name, backend, _kernel(name, backend, function, None if composed else _refuse_dtypes(name))))
+                exact = override.exact or (not _has_kernel(name, backend) and _has_kernel(name, "CompositeImplicitAutograd"))
+                refuse = None if exact else _refuse_dtypes(name)  # the parts of a composed op refuse what they must
+                found.append((name, backend, _kernel(name, backend, function, refuse)))
                 if override.autograd:
                     found.append((name, autograd, _kernel(name, autograd, _checked(name, function))))
         replaced = kernels(device, portable)

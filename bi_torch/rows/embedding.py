@@ -72,3 +72,10 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Te
         raise AssertionError(f"bi_torch.embedding: padding_idx must be within {rows} rows, got {padding_idx}")
     ignored = -1 if padding_idx is None else padding_idx % rows
     return _embedding(weight, ids.reshape(ids.numel()), ignored).reshape(*ids.shape, weight.shape[1])
+
+
+def embedding_backward(g: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tensor:
+    """The gradient [rows, D] of the weight of `embedding` from the cotangents g [*, D] at ids [*]; padding_idx may be -1."""
+    check_tensor("embedding_backward", "g", g)
+    check_tensor("embedding_backward", "ids", ids, IDS, like=g)
+    return _embedding_backward(g.reshape(ids.numel(), g.shape[-1]), ids.reshape(ids.numel()), rows, padding_idx, g.dtype)

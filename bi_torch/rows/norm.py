@@ -115,13 +115,52 @@ def native_layer_norm(
     return from_rows(y, input, dims), reduced(mean, input, dims, True), reduced(rstd, input, dims, True)
 
 
+def native_layer_norm_backward(
+    grad: Tensor,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    needs: set[str],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x (the input), weight and bias that `needs` names, from what `native_layer_norm` returned."""
+    dims = _trailing("layer_norm", input, normalized_shape)
+    column = _column("layer_norm", "weight", weight, input, normalized_shape)
+    dtypes = {name: input.dtype if x is None else x.dtype for name, x in (("weight", weight), ("bias", bias))}
+    statistics = {"mean": _one_column(mean), "rstd": _one_column(rstd)}
+    saved = SimpleNamespace(x=to_rows(input, dims), weight=column, **statistics, dtypes=dtypes, needs=needs)
+    gradients = _layer_norm_gradient(saved, SimpleNamespace(y=to_rows(grad, dims)))
+    return _shaped(gradients, ("x", "weight", "bias"), input, normalized_shape)
+
+
 def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """input / sqrt(mean of squares + eps) * weight over the trailing dimensions; eps is the dtype's epsilon by default."""
+    return fused_rms_norm(input, normalized_shape, weight, eps)[0]
+
+
+def fused_rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm`, and 1 / sqrt(mean of squares + eps) of every row, float32 with 1 for each dimension of the row."""
     dims = _trailing("rms_norm", input, normalized_shape)
     column = _column("rms_norm", "weight", weight, input, normalized_shape)
     eps = torch.finfo(input.dtype).eps if eps is None else float(eps)
-    y, _ = _rms_norm(to_rows(input, dims), column, eps, input.dtype)
-    return from_rows(y, input, dims)
+    y, rstd = _rms_norm(to_rows(input, dims), column, eps, input.dtype)
+    return from_rows(y, input, dims), reduced(rstd, input, dims, True)
+
+
+def fused_rms_norm_backward(
+    grad: Tensor, input: Tensor, normalized_shape: Sequence[int], rstd: Tensor, weight: Tensor | None, needs: set[str]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x (the input) and weight that `needs` names, from what `fused_rms_norm` returned."""
+    dims = _trailing("rms_norm", input, normalized_shape)
+    column = _column("rms_norm", "weight", weight, input, normalized_shape)
+    dtypes = {"weight": input.dtype if weight is None else weight.dtype}
+    saved = SimpleNamespace(x=to_rows(input, dims), weight=column, rstd=_one_column(rstd), dtypes=dtypes, needs=needs)
+    gradients = _rms_norm_gradient(saved, SimpleNamespace(y=to_rows(grad, dims)))
+    return _shaped(gradients, ("x", "weight"), input, normalized_shape)
 
 
 def fused_add_rms_norm(
@@ -138,6 +177,18 @@ def fused_add_rms_norm(
     column = _column("fused_add_rms_norm", "weight", weight, input, input.shape[-1:])
     y, h, _ = _fused_add_rms_norm(to_rows(input, dims), to_rows(residual, dims), column, float(eps), input.dtype)
     return from_rows(y, input, dims), from_rows(h, input, dims)
+
+
+def _one_column(x: Tensor) -> Tensor:
+    return x.reshape(x.numel())
+
+
+def _shaped(
+    gradients: dict[str, Tensor], names: Sequence[str], input: Tensor, normalized_shape: Sequence[int]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of rows and columns in the shapes of what they belong to."""
+    shapes = {name: input.shape if name == "x" else normalized_shape for name in names}
+    return tuple(gradients[name].reshape(shapes[name]) if name in gradients else None for name in names)
 
 
 def _trailing(op: str, input: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:

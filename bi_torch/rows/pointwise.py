@@ -9,10 +9,13 @@ from shared_specs.programs import pointwise as programs
 from shared_specs.rotary import inverse_frequencies
 from shared_specs.rows import RowProgram
 
+_GRADIENTS: dict[str, Op] = {}
+
 
 def _unary(program: RowProgram, backward: RowProgram) -> Op:
     """The op of a function of one input, whose gradient is a program of the input and the cotangent."""
     backward_op = row_op(f"{backward.name}(Tensor x, Tensor g, ScalarType dtype) -> Tensor dx", backward)
+    _GRADIENTS[program.name] = backward_op
     return row_op(
         f"{program.name}(Tensor x, ScalarType dtype) -> Tensor y",
         program,
@@ -143,6 +146,16 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     return _elementwise("gelu", _gelu if approximate == "none" else _gelu_tanh, input)
 
 
+def silu_backward(g: Tensor, input: Tensor) -> Tensor:
+    """The gradient of `silu` from the cotangent g."""
+    return _gradient("silu", g, input)
+
+
+def gelu_backward(g: Tensor, input: Tensor, approximate: str = "none") -> Tensor:
+    """The gradient of `gelu` from the cotangent g."""
+    return _gradient("gelu" if approximate == "none" else "gelu_tanh", g, input)
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, rounded once: the gated MLP."""
     check_tensor("silu_mul", "gate", gate)
@@ -184,3 +197,10 @@ def _one_row(x: Tensor) -> Tensor:
 def _elementwise(name: str, op: Op, input: Tensor) -> Tensor:
     check_tensor(name, "input", input)
     return op(_one_row(input), input.dtype).reshape(input.shape)
+
+
+def _gradient(name: str, g: Tensor, input: Tensor) -> Tensor:
+    check_tensor(f"{name}_backward", "input", input)
+    check_tensor(f"{name}_backward", "g", g, like=input)
+    check_shape(f"{name}_backward", "g", g, input.shape)
+    return _GRADIENTS[name](_one_row(input), _one_row(g), input.dtype).reshape(input.shape)

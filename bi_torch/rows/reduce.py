@@ -1,4 +1,4 @@
-"""sum, mean, amax, amin, var and logsumexp over any dimensions.
+"""sum, mean, prod, amax, amin, var, std, norms and logsumexp over any dimensions, and the squared error.
 
 The reduced dimensions make one row, in ascending order, the last one fastest. Sums of integers and bools, and their largest
 and smallest elements, are exact in any order and so are torch's own.
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from bi_torch.rows.arguments import FLOATS, Dims, check_dtype, check_tensor, dims_of, reduced, to_rows
+from bi_torch.rows.arguments import FLOATS, Dims, check_dtype, check_shape, check_tensor, dims_of, reduced, to_rows
 from bi_torch.rows.library import Op, row_op
 from shared_specs.programs import reduce as programs
 from shared_specs.programs import softmax as softmax_programs
@@ -40,6 +40,38 @@ _var = row_op(
     programs.VAR,
     keep=("x", "mean"),
     gradient=lambda s, g: {"x": _var_backward(s.x, g.y, s.mean, s.correction, s.x.dtype)},
+)
+
+_std_backward = row_op(
+    "std_backward(Tensor x, Tensor g, Tensor y, Tensor mean, float correction, ScalarType dtype) -> Tensor dx",
+    programs.STD_BACKWARD,
+)
+_std = row_op(
+    "std(Tensor x, float correction, ScalarType dtype) -> (Tensor y, Tensor mean)",
+    programs.STD,
+    keep=("x", "y", "mean"),
+    gradient=lambda s, g: {"x": _std_backward(s.x, g.y, s.y, s.mean, s.correction, s.x.dtype)},
+)
+
+_norm_backward = row_op("norm_backward(Tensor x, Tensor g, Tensor y, ScalarType dtype) -> Tensor dx", programs.NORM_BACKWARD)
+_norm = row_op(
+    "norm(Tensor x, ScalarType dtype) -> Tensor y",
+    programs.NORM,
+    keep=("x", "y"),
+    gradient=lambda s, g: {"x": _norm_backward(s.x, g.y, s.y, s.x.dtype)},
+)
+
+_squared_error_backward = row_op(
+    "squared_error_backward(Tensor x, Tensor target, Tensor g, bool mean, ScalarType dtype) -> (Tensor dx, Tensor dtarget)",
+    lambda e: programs.squared_error_backward(e.mean),
+)
+_squared_error = row_op(
+    "squared_error(Tensor x, Tensor target, bool mean, ScalarType dtype) -> Tensor y",
+    lambda e: programs.squared_error(e.mean),
+    keep=("x", "target"),
+    gradient=lambda s, g: dict(
+        zip(("x", "target"), _squared_error_backward(s.x, s.target, g.y, s.mean, s.x.dtype), strict=True)
+    ),
 )
 
 _extreme_backward = row_op(
@@ -107,6 +139,51 @@ def var(input: Tensor, dim: Dims = None, *, correction: float | None = 1, keepdi
     dims = dims_of("var", input, dim)
     y, _ = _var(to_rows(input, dims), 1.0 if correction is None else float(correction), input.dtype)
     return reduced(y, input, dims, keepdim)
+
+
+def std(input: Tensor, dim: Dims = None, *, correction: float | None = 1, keepdim: bool = False) -> Tensor:
+    """The square root of `var`, rounded once; its gradient is 0 where it is 0."""
+    check_tensor("std", "input", input)
+    dims = dims_of("std", input, dim)
+    y, _ = _std(to_rows(input, dims), 1.0 if correction is None else float(correction), input.dtype)
+    return reduced(y, input, dims, keepdim)
+
+
+def norm(input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The square root of the sum of squares over `dim`, all dimensions by default; its gradient is 0 where it is 0."""
+    check_tensor("norm", "input", input)
+    dims, dtype = dims_of("norm", input, dim), dtype or input.dtype
+    check_dtype("norm", dtype)
+    return reduced(_norm(to_rows(input, dims), dtype), input, dims, keepdim)
+
+
+def prod(input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The product over `dim`, all dimensions by default, by a tree over adjacent elements, float32 and rounded once.
+
+    Elements are multiplied in pairs (0 and 1, 2 and 3, ...), then the products, filled up with 1 where their number is odd. So
+    ones behind a row change nothing, and the gradient of an element is the product of the others.
+    """
+    check_tensor("prod", "input", input, FLOATS + INTEGERS)
+    dims = dims_of("prod", input, dim)
+    dtype = dtype or input.dtype
+    check_dtype("prod", dtype)
+    x = to_rows(input, dims).to(torch.float32)
+    if not x.shape[1]:
+        x = x.new_ones((x.shape[0], 1))
+    while x.shape[1] > 1:
+        if x.shape[1] % 2:
+            x = torch.cat((x, x.new_ones((x.shape[0], 1))), 1)
+        x = x[:, 0::2] * x[:, 1::2]
+    return reduced(x[:, 0].to(dtype), input, dims, keepdim)
+
+
+def squared_error(input: Tensor, target: Tensor, mean: bool) -> Tensor:
+    """The sum, or the mean, of the squared differences of two tensors of one shape, rounded once to the input's dtype."""
+    check_tensor("squared_error", "input", input)
+    check_tensor("squared_error", "target", target, (input.dtype,), like=input)
+    check_shape("squared_error", "target", target, input.shape)
+    dims = tuple(range(input.dim()))
+    return reduced(_squared_error(to_rows(input, dims), to_rows(target, dims), mean, input.dtype), input, dims, False)
 
 
 def logsumexp(input: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:

@@ -55,6 +55,24 @@ def _over_dim(name: str, op: Op, input: Tensor, dim: int, dtype: torch.dtype | N
     return from_rows(op(to_rows(x, dims), dtype), input, dims)
 
 
+def softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of `softmax` over `dim` from its output y and the cotangent g."""
+    return _gradient_over_dim("softmax_backward", _softmax_backward, g, y, dim, dtype)
+
+
+def log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of `log_softmax` over `dim` from its output y and the cotangent g."""
+    return _gradient_over_dim("log_softmax_backward", _log_softmax_backward, g, y, dim, dtype)
+
+
+def _gradient_over_dim(name: str, op: Op, g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    check_tensor(name, "y", y)
+    check_tensor(name, "g", g, like=y)
+    check_shape(name, "g", g, y.shape)
+    dims = dims_of(name, y, dim)
+    return from_rows(op(to_rows(y, dims), to_rows(g, dims), dtype), y, dims)
+
+
 _token_logprobs_backward = row_op(
     "token_logprobs_backward(Tensor x, Tensor id, Tensor g, Tensor max, Tensor log_sum, float? temperature, ScalarType dtype)"
     " -> Tensor dx",
@@ -106,6 +124,65 @@ _mean_of = row_op(
     keep=("x", "divisor"),
     gradient=lambda s, g: {"x": _mean_of_backward(s.x, g.y, s.divisor, s.x.dtype)},
 )
+
+
+_choice_backward = row_op(
+    "choice_backward(Tensor like, Tensor id, Tensor g, ScalarType dtype) -> Tensor dx", reduce_programs.CHOICE_BACKWARD
+)
+
+
+def _choose(x: Tensor, ids: Tensor) -> Tensor:
+    return x.gather(1, ids.to(torch.int64)[:, None])[:, 0]
+
+
+_choice = Op(
+    "choice(Tensor x, Tensor id) -> Tensor y",
+    cpu=_choose,
+    cuda=_choose,
+    fake=lambda x, ids: x.new_empty(x.shape[:1]),
+    keep=("x", "id"),
+    gradient=lambda s, g: {"x": _choice_backward(s.x, s.id, g.y, s.x.dtype)},
+)
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+) -> tuple[Tensor, Tensor]:
+    """-input at the class `target`, times the class's weight, and the sum of these weights, float32.
+
+    input [N, C], [C] or [N, C, *], target [N], [] or [N, *], weight [C]. A target that is `ignore_index` has loss 0 and weight
+    0; any other is within 0..C-1. Losses are float32 until they are reduced, and rounded once to the input's dtype; the mean is
+    their sum divided by that of the weights.
+    """
+    check_tensor("nll_loss", "input", input)
+    check_tensor("nll_loss", "target", target, IDS, like=input)
+    if not input.dim():
+        raise RuntimeError("bi_torch.nll_loss: input must have at least one dimension, got []")
+    dims = (min(1, input.dim() - 1),)
+    check_shape("nll_loss", "target", target, [n for d, n in enumerate(input.shape) if d not in dims])
+    x = to_rows(input, dims)
+    ids = target.reshape(x.shape[0])
+    ignored = ids == ignore_index
+    ids = torch.where(ignored, 0, ids)
+    weights = torch.where(ignored, 0.0, 1.0)
+    losses = -_choice(x, ids).to(torch.float32)
+    if weight is not None:
+        check_tensor("nll_loss", "weight", weight, like=input)
+        check_shape("nll_loss", "weight", weight, (x.shape[1],))
+        weights = weights * weight.detach().to(torch.float32)[ids]
+        losses = losses * weights
+    losses = torch.where(ignored, 0.0, losses)
+    total = sum_over(weights)
+    if reduction == "none":
+        return losses.to(input.dtype).reshape(target.shape), total
+    if reduction == "sum":
+        return sum_over(losses, dtype=input.dtype), total
+    return _mean_of(losses[None], total[None], input.dtype)[0], total
 
 
 def cross_entropy(

@@ -32,7 +32,10 @@ def _constants(module: ModuleType) -> tuple[RowProgram, ...]:
 
 
 ROW_PROGRAMS: dict[str, tuple[RowProgram, ...]] = {
-    "reduce": _constants(reduce),
+    "reduce": (
+        *_constants(reduce),
+        *(of(mean) for of in (reduce.squared_error, reduce.squared_error_backward) for mean in _CHOICES),
+    ),
     "softmax": (
         *_constants(softmax),
         *(
