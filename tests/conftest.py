@@ -6,6 +6,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not _wants_gpu(config):
         os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
+        os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # devices to shard over
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -29,3 +31,24 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     smi = shutil.which("nvidia-smi")
     if smi is None or subprocess.run([smi, "-L"], capture_output=True, check=False).returncode:
         pytest.exit("-m gpu: nvidia-smi shows no GPU", returncode=pytest.ExitCode.USAGE_ERROR)
+
+
+@pytest.fixture(scope="session")
+def inductor() -> Iterator[None]:
+    """torch.compile without what costs a minute at its start: worker processes, trial compilations for every vector extension."""
+    import torch
+    import torch._dynamo
+    import torch._functorch.config
+    from torch._inductor import config, cpu_vec_isa
+
+    extensions = [cpu_vec_isa.VecAVX2()] if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else []
+    caches = {"compile_threads": 1, "fx_graph_cache": False, "cpp.vec_isa_ok": True}
+    with (
+        pytest.MonkeyPatch.context() as context,
+        config.patch(caches),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        if extensions:
+            context.setattr(cpu_vec_isa, "valid_vec_isa_list", lambda: extensions)
+        yield
+    torch._dynamo.reset()

@@ -142,6 +142,8 @@ class _Generated(CustomGraphPass):
         for node in list(graph.nodes):
             if isinstance(node.target, HigherOrderOperator) and node.target.name() in _REDUCING:
                 report(node.target.name(), "the compiler generates its products and sums", self._mode.on_uncovered)
+            if node.target is torch.ops.aten.pow.Tensor_Scalar and node.args[1] in (1, 2):
+                node = _as_product(node)
             if isinstance(node.target, OpOverload) and node.target.namespace in ("aten", "prims"):
                 _decide(node, _name(node.target))
 
@@ -213,21 +215,32 @@ def _fit(scalars: Sequence[float], dtypes: set[torch.dtype]) -> bool:
     return all(torch.tensor(x).to(dtype).item() == x for x in scalars for dtype in dtypes & _HALF)
 
 
+def _as_product(node: Node) -> Node:
+    """x ** 2 and x ** 1, which is what the gradient of a square has, as eager computes them."""
+    x, exponent = node.args
+    new = _before(node, torch.ops.aten.mul.Tensor, x, x) if exponent == 2 else _before(node, torch.ops.aten.clone.default, x)
+    _replace(node, new)
+    return new
+
+
 def _in_float32(node: Node) -> None:
     """16-bit arithmetic with a scalar, written as what it is in eager: float32 arithmetic, rounded once."""
-    graph, dtype = node.graph, node.meta["val"].dtype
-    convert = torch.ops.prims.convert_element_type.default
+    convert, dtype = torch.ops.prims.convert_element_type.default, node.meta["val"].dtype
+    wide = [_before(node, convert, x, torch.float32) if isinstance(x, Node) else x for x in node.args]
+    _replace(node, _before(node, convert, _before(node, node.target, *wide), dtype))
 
-    def call(target: OpOverload, *args: Any) -> Node:
-        with graph.inserting_before(node):
-            new = graph.call_function(target, args)
-        new.meta = dict(node.meta)
-        new.meta["val"] = target(*(x.meta["val"] if isinstance(x, Node) else x for x in args))
-        return new
 
-    wide = [call(convert, x, torch.float32) if isinstance(x, Node) else x for x in node.args]
-    node.replace_all_uses_with(call(convert, call(node.target, *wide), dtype))  # type: ignore[arg-type]
-    graph.erase_node(node)
+def _before(node: Node, target: Any, *args: Any) -> Node:
+    """A new call in front of a node, with the node's metadata."""
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(target, args)
+    new.meta = {**node.meta, "val": target(*(x.meta["val"] if isinstance(x, Node) else x for x in args))}
+    return new
+
+
+def _replace(node: Node, new: Node) -> None:
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
 def _values(nodes: Sequence[Node]) -> Iterator[Any]:
