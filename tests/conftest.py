@@ -35,17 +35,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def inductor() -> Iterator[None]:
-    """torch.compile without what costs a minute at its start: worker processes, trial compilations for every vector extension."""
+    """torch.compile without what costs a minute at its start: worker processes, and trials of every vector extension."""
     import torch
     import torch._dynamo
     import torch._functorch.config
     from torch._inductor import config, cpu_vec_isa
 
     extensions = [cpu_vec_isa.VecAVX2()] if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else []
-    caches = {"compile_threads": 1, "fx_graph_cache": False, "cpp.vec_isa_ok": True}
+    settings = {"compile_threads": 1, "fx_graph_cache": False, "cpp.vec_isa_ok": True}
     with (
         pytest.MonkeyPatch.context() as context,
-        config.patch(caches),
+        config.patch(settings),
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):
         if extensions:
