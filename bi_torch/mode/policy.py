@@ -19,8 +19,6 @@ from bi_torch.rows.arguments import FLOATS
 Policy = Literal["raise", "warn", "ignore"]
 POLICIES: tuple[Policy, ...] = ("raise", "warn", "ignore")
 
-WHERE = "bi_torch/mode/coverage.json lists every op"
-
 
 class UncoveredOperationError(RuntimeError):
     """An op that depends on the batch was called under the mode."""
@@ -66,7 +64,10 @@ def report(op: str, reason: str, policy: Policy) -> None:
     """
     if policy == "ignore":
         return
-    message = f"aten::{op} depends on the batch and is not covered by the batch-invariant mode: {reason}. {WHERE}"
+    message = (
+        f"aten::{op} depends on the batch and is not covered by the batch-invariant mode: {reason}. "
+        f"`python -m bi_torch.mode.coverage {op.partition('.')[0].removesuffix('_')}` says more"
+    )
     if policy == "raise":
         raise UncoveredOperationError(
             f"{message}; set_batch_invariant_mode(on_uncovered='warn') or 'ignore' lets it run as it is"
