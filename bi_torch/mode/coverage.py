@@ -58,8 +58,6 @@ CONDITIONS: dict[str, Condition] = {
     ),
     "alpha": Condition("for 16-bit formats and an alpha that is neither 1 nor -1", _rounds_product),
     "collisions": Condition("unless there is one index along the dimension", _several_targets),
-    "mode": Condition("with mode sum or mean", lambda arguments: arguments["mode"] != 2),
-    "reduces": Condition("unless reduction='none'", lambda arguments: arguments["reduction"] != 0),
     "training": Condition("in training", lambda arguments: bool(arguments.get("training", arguments.get("train")))),
 }
 

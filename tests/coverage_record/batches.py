@@ -56,24 +56,24 @@ class Evidence:
         self.differs |= other.differs
 
 
-def examine(call: Call, dtype: torch.dtype) -> Evidence:
-    """Evidence from one call."""
+def examine(call: Call, dtype: torch.dtype, lengths: tuple[int | None, ...] = ROW_LENGTHS) -> Evidence:
+    """Evidence from one call, with rows of these lengths; None is the call's own."""
     found = Evidence()
     outputs = call.run(lay_out(call.tensors, "contiguous"))
-    floats = [place for place, x in enumerate(outputs) if x.is_floating_point()]
-    found.floating = bool(floats) or any(x.is_floating_point() for x in call.tensors.values())
+    floats = [place for place, x in enumerate(outputs) if _inexact(x)]
+    found.floating = bool(floats) or any(map(_inexact, call.tensors.values()))
     if not floats:
         return found
     found.unstable = not _same_bits(outputs, call.run(lay_out(call.tensors, "contiguous")))
     if found.unstable:
         return found
-    found.computes = any(not _moved(outputs[place], call.tensors) for place in floats)
+    found.computes = any(not _moved(outputs[place], call) for place in floats)
     if not found.computes:
         return found
     axes = list(itertools.islice(batch_axes(call, outputs), 16))
     found.mixes = _mixes(call, outputs, axes)
     for axis in axes[:MOST_AXES]:
-        for length in ROW_LENGTHS:
+        for length in lengths:
             same = _compare(call, axis, length)
             if same is not None:
                 found.compared += 1
@@ -85,12 +85,8 @@ def examine(call: Call, dtype: torch.dtype) -> Evidence:
 
 def _mixes(call: Call, outputs: list[torch.Tensor], axes: list[Axis]) -> bool:
     """Whether some dimension of a floating input or output is no batch axis."""
-    results = (
-        (place, dim) for place, x in enumerate(outputs) if x.is_floating_point() for dim, n in enumerate(x.shape) if n > 1
-    )
-    inputs = (
-        (place, dim) for place, x in call.tensors.items() if x.is_floating_point() for dim, n in enumerate(x.shape) if n > 1
-    )
+    results = ((place, dim) for place, x in enumerate(outputs) if _inexact(x) for dim, n in enumerate(x.shape) if n > 1)
+    inputs = ((place, dim) for place, x in call.tensors.items() if _inexact(x) for dim, n in enumerate(x.shape) if n > 1)
     sliced_results = {pair for axis in axes for pair in axis.outputs}
     sliced_inputs = {pair for axis in axes for pair in axis.inputs}
     return not (sliced_results.issuperset(results) and sliced_inputs.issuperset(inputs))
@@ -98,7 +94,7 @@ def _mixes(call: Call, outputs: list[torch.Tensor], axes: list[Axis]) -> bool:
 
 def batch_axes(call: Call, outputs: list[torch.Tensor]) -> Iterator[Axis]:
     """Axes along which slices of the inputs give slices of the outputs, up to rounding."""
-    floats = {place: x for place, x in enumerate(outputs) if x.is_floating_point()}
+    floats = {place: x for place, x in enumerate(outputs) if _inexact(x)}
     sizes = sorted({n for x in floats.values() for n in x.shape if n > 1})
     for size in sizes:
         places = list(call.tensors)
@@ -162,7 +158,7 @@ def grow(tensors: Tensors, axis: Axis, length: int | None) -> Tensors | None:
         lengths = (
             x.shape[dim]
             for place, x in tensors.items()
-            if x.is_floating_point()
+            if _inexact(x)
             for dim in reversed(range(x.dim()))
             if dim != sliced.get(place) and x.shape[dim] > 1
         )
@@ -235,17 +231,30 @@ def _run(call: Call, tensors: Tensors) -> list[torch.Tensor] | None:
         return None
 
 
-def _moved(output: torch.Tensor, inputs: Tensors) -> bool:
-    constants = torch.tensor([0.0, 1.0, -1.0, math.inf, -math.inf, math.nan], device=output.device, dtype=output.dtype)
-    known = torch.cat([constants, *(x.flatten().to(output.dtype) for x in inputs.values() if x.dtype == output.dtype)])
+def _inexact(x: torch.Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _moved(output: torch.Tensor, call: Call) -> bool:
+    """Whether every value is an input's, a number among the arguments, or 0, 1, -1, inf or NaN."""
+    if output.is_complex():
+        return False
+    numbers = [float(leaf) for leaf in call.leaves if isinstance(leaf, int | float)]
+    constants = torch.tensor([0.0, 1.0, -1.0, math.inf, -math.inf, *numbers], device=output.device).to(output.dtype)
+    known = torch.cat([constants, *(x.flatten() for x in call.tensors.values() if x.dtype == output.dtype)])
     return bool((torch.isin(output, known) | output.isnan()).all())
 
 
 def _close(x: torch.Tensor, y: torch.Tensor) -> bool:
-    if x.shape != y.shape:
+    """Whether the results may be the same but for rounding, on the scale of the largest."""
+    if x.shape != y.shape or x.dtype != y.dtype:
         return False
-    tolerance = {torch.float64: 1e-4, torch.float32: 1e-3}.get(x.dtype, 0.06)
-    return torch.allclose(x.double(), y.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+    if not _inexact(x):
+        return torch.equal(x, y)
+    tolerance = 0.06 if x.itemsize == 2 else 1e-3
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    scale = y.abs().double().nan_to_num(0, 0, 0).max() if y.numel() else 0
+    return torch.allclose(x.to(wide), y.to(wide), rtol=tolerance, atol=tolerance * float(scale), equal_nan=True)
 
 
 def _same_bits(xs: list[torch.Tensor], ys: list[torch.Tensor]) -> bool:
@@ -255,6 +264,8 @@ def _same_bits(xs: list[torch.Tensor], ys: list[torch.Tensor]) -> bool:
 def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
     if x.shape != y.shape:
         return False
+    if x.is_complex():
+        return _same(torch.view_as_real(x), torch.view_as_real(y))
     if not x.is_floating_point():
         return torch.equal(x, y)
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_methods_invocations import (
+    foreach_binary_op_db,
+    foreach_other_op_db,
+    foreach_pointwise_op_db,
+    foreach_reduce_op_db,
+    foreach_unary_op_db,
+    op_db,
+)
 from torch.testing._internal.opinfo.core import OpInfo
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,8 +93,10 @@ def _plain(call: Call) -> bool:
 
 
 def database() -> list[OpInfo]:
-    """The functions that the database knows, each with its variants."""
-    return list(op_db)
+    """The functions that the database knows, each with its variants; those of lists of tensors too."""
+    lists = (foreach_unary_op_db, foreach_binary_op_db, foreach_pointwise_op_db, foreach_reduce_op_db, foreach_other_op_db)
+    # jiterator's are kernels that a test writes itself.
+    return [info for info in itertools.chain(op_db, *lists) if not info.name.startswith("jiterator")]
 
 
 def calls_of(info: OpInfo, device: str, dtype: torch.dtype) -> Iterator[Call]:
@@ -100,13 +109,18 @@ def calls_of(info: OpInfo, device: str, dtype: torch.dtype) -> Iterator[Call]:
     for sample in itertools.islice(info.sample_inputs(device, dtype, requires_grad=differentiable), SAMPLES):
         try:
             with recorder:
-                result = info.op(sample.input, *sample.args, **sample.kwargs)
+                result = info.op(_first(sample.input), *map(_first, sample.args), **sample.kwargs)
             if differentiable:
                 _run_backward(recorder, result, (sample.input, sample.args, sample.kwargs))
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
             if "CUDA error" in str(error):
                 raise  # the process's GPU context is lost
     yield from recorder.calls.values()
+
+
+def _first(argument: Any) -> Any:
+    """A list of tensors or numbers that a _foreach function takes, cut to one."""
+    return argument[:1] if isinstance(argument, list) else argument
 
 
 def _run_backward(recorder: _Recorder, result: Any, inputs: Any) -> None:

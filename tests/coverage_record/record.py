@@ -27,12 +27,12 @@ from tests.coverage_record.batches import Evidence, examine
 from tests.coverage_record.calls import DTYPES, Call, calls_of, database
 from tests.coverage_record.operations import functional_of, operations
 
-Key = tuple[str, bool]  # an operation, and whether the calls meet its condition
-Found = dict[Key, Evidence]
+Found = dict[rules.Key, Evidence]
 Task = tuple[str, int]  # device, place in the database
 
 CALLS_A_FUNCTION = 4
 CALLS_A_WORKER = 24
+NO_REDUCTION = 0  # reduction="none" in ATen
 SECONDS_A_FUNCTION = 20.0
 SECONDS_LOST = 60.0
 
@@ -66,13 +66,15 @@ def examine_function(task: Task) -> tuple[Found, dict[str, str]]:
     return found, errors
 
 
-def _wanted(calls: list[Call], device: str, dtype: torch.dtype, index: int) -> Iterator[tuple[Key, Call]]:
+def _wanted(calls: list[Call], device: str, dtype: torch.dtype, index: int) -> Iterator[tuple[rules.Key, Call]]:
     """The calls that are worth an examination: of operations that no rule decides, and only so many of each."""
     replaced = rules.replaced(device)
     for call in calls:
         overload = call.op.name().removeprefix("aten::")
         name = functional_of().get(overload)
         if name is None or name in replaced or rules.decided(name, device):
+            continue
+        if name in rules.LOSSES and call.arguments()["reduction"] != NO_REDUCTION:
             continue
         condition = rules.CONDITIONAL.get(name)
         key = (name, condition is not None and coverage.CONDITIONS[condition].holds(call.arguments()))
@@ -105,13 +107,11 @@ def column(device: str, found: Found) -> dict[str, list[str]]:
     verdicts = {}
     for name, operation in operations().items():
         if device in operation.devices:
-            verdict = rules.verdict(operation, device, found.get((name, False)), found.get((name, True)))
+            verdict = rules.verdict(operation, device, found)
             verdicts[name] = [part for part in verdict if part is not None]
             for form in rules.missing_forms(operation, device):
                 verdicts[form] = ["uncovered", "this form is not replaced by the mode"]
-    return verdicts | {
-        name: ["covered", "replaced by the mode"] for name in rules.replaced(device) if name not in functional_of()
-    }
+    return verdicts | {name: ["covered", rules.REPLACED] for name in rules.replaced(device) if name not in functional_of()}
 
 
 def merge(table: dict[str, Any], device: str, recorded: str, verdicts: dict[str, list[str]]) -> dict[str, Any]:

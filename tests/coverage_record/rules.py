@@ -6,7 +6,7 @@ them. Everything else is uncovered unless the mode replaces it. The lists below 
 the tests cannot reach.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -18,7 +18,10 @@ from bi_torch.mode.coverage import Kind
 from tests.coverage_record.batches import Evidence
 from tests.coverage_record.operations import DEVICES, Operation, functional_of, has_kernel
 
+Key = tuple[str, bool]  # an operation, and whether the calls meet its condition
 Verdict = tuple[Kind, str, str | None]  # class, reason, condition
+
+REPLACED = "replaced by the mode"
 
 
 @dataclass(frozen=True)
@@ -35,55 +38,92 @@ class Rule:
         return device in self.devices and any(fnmatchcase(name, pattern) for pattern in self.names.split())
 
 
+COMPOSED = "composed of operations that the mode replaces"
+
 # Which calls of an operation depend on the batch, where not all do: a name in `bi_torch.mode.coverage.CONDITIONS`.
 CONDITIONAL = {
     name: condition
     for condition, names in {
-        "accumulate": "index_put _index_put_impl _unsafe_index_put put",
+        "accumulate": "index_put put",
         "adds": "scatter_reduce.two index_reduce",
         "alpha": "add.Tensor sub.Tensor rsub.Tensor",
         "collisions": "scatter_add index_add",
-        "mode": "_embedding_bag _embedding_bag_forward_only",
-        "reduces": "binary_cross_entropy huber_loss multi_margin_loss multilabel_margin_loss_forward smooth_l1_loss "
-        "soft_margin_loss",
-        "training": "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit.no_stats native_batch_norm_backward "
-        "cudnn_batch_norm",
+        "training": "native_batch_norm _native_batch_norm_legit native_batch_norm_backward",
     }.items()
     for name in names.split()
 }
 
+# Losses and their gradients are judged with reduction="none": a mean or sum is the mode's, and scales gradients alike.
+LOSSES = frozenset(
+    f"{name}{suffix}"
+    for name in ("binary_cross_entropy", "huber_loss", "mse_loss", "smooth_l1_loss", "soft_margin_loss")
+    for suffix in ("", "_backward")
+)
+
+# Operations that the database does not reach, and the one that stands for them: the same kernel behind another signature.
+ALIKE = {
+    "_aminmax": "sort",
+    "_aminmax.dim": "sort",
+    "_index_put_impl": "index_put",
+    "_native_batch_norm_legit.no_stats": "_native_batch_norm_legit",
+    "_native_batch_norm_legit_functional": "_native_batch_norm_legit",
+    "_unsafe_index.Tensor": "index.Tensor",
+    "_unsafe_index_put": "index_put",
+    "adaptive_max_pool2d": "adaptive_max_pool3d",
+    "bucketize.Scalar": "bucketize.Tensor",
+    "floor_divide.Scalar": "floor_divide",
+    "isin.Scalar_Tensor": "isin.Tensor_Tensor",
+    "isin.Tensor_Scalar": "isin.Tensor_Tensor",
+    "max_pool3d_with_indices": "max_pool2d_with_indices",
+    "searchsorted.Scalar": "searchsorted.Tensor",
+    "unique_dim": "_unique2",
+    "unique_dim_consecutive": "unique_consecutive",
+    "unsafe_split_with_sizes": "split_with_sizes",
+}
+
 # Decided before any test.
 DECIDED = (
+    Rule("linspace* logspace* arange* range* scalar_tensor", "exact", "makes a tensor of numbers"),
+    Rule(
+        "_linalg_check_errors _fused_sdp_choice _functional_* _is_all_true _is_any_true",
+        "exact",
+        "checks its arguments",
+    ),
+    Rule(
+        "_cudnn_rnn_flatten_weight _pin_memory _spdiags lu_unpack to_mkldnn copy_sparse_to_sparse _new_zeros*",
+        "exact",
+        "moves values",
+    ),
+    Rule("binary_cross_entropy_with_logits dist renorm _trilinear", "covered", COMPOSED),
+    Rule("embedding_renorm", "covered", COMPOSED, ("cpu",)),
     Rule(
         "*convolution* *_conv2d* *_conv3d* *conv_dil* *conv_transpose* *conv_depthwise* conv_tbc*",
         "uncovered",
         "the algorithm of a convolution is chosen by the batch size",
     ),
     Rule("*_rnn* *_thnn_* *lstm* *gru*", "uncovered", "products and sums of a recurrent layer, by the batch size"),
-    Rule(
-        "*attention* *_multi_head* _transformer_encoder_layer_fwd _fused_sdp_choice",
-        "uncovered",
-        "products and sums over the keys",
-    ),
+    Rule("*attention* *_multi_head* _transformer_encoder_layer_fwd", "uncovered", "products and sums over the keys"),
     Rule("_fft_*", "uncovered", "sums whose order depends on the number of transforms"),
     Rule(
         "_linalg_* linalg_cholesky* linalg_eig* linalg_h* linalg_inv* linalg_l* linalg_matrix* linalg_pinv* linalg_qr "
-        "linalg_s* cholesky* _cholesky* geqrf ormqr triangular_solve lu_unpack",
+        "linalg_s* cholesky* _cholesky* geqrf ormqr triangular_solve",
         "uncovered",
         "a batch of matrices is factorised by other algorithms than one",
     ),
     Rule("cumsum cumprod logcumsumexp _logcumsumexp", "uncovered", "running sums are taken in blocks that depend on the shape"),
+    Rule("*max_pool*backward* *max_unpool* col2im", "uncovered", "adds values of windows that overlap"),
+    Rule("multi_margin_loss* multilabel_margin_loss*", "uncovered", "sums over the classes"),
+    Rule("*_embedding_bag*", "uncovered", "sums over the bag"),
+    Rule("*_ctc_loss*", "uncovered", "sums over alignments"),
     Rule("*avg_pool*", "uncovered", "sums over windows, in an order that no one promises"),
     Rule(
-        "upsample_*linear* upsample_*cubic* _upsample_bi* upsample_trilinear* grid_sampler* *cudnn_grid*",
+        "upsample_*linear* upsample_*cubic* _upsample_bi* grid_sampler* *_grid_sampler*",
         "uncovered",
         "weighted sums of neighbours",
     ),
     Rule("_fused_ada* _fused_sgd*", "uncovered", "fused optimizers are not tested"),
     Rule("_cdist* _pdist* _euclidean_dist", "uncovered", "distances are products for large inputs and sums for small ones"),
-    Rule("_foreach_norm* _foreach_powsum*", "uncovered", "sums over tensors, in blocks that depend on their sizes", ("cuda",)),
-    Rule("_foreach_norm* _foreach_powsum*", "covered", "composed of operations that the mode replaces", ("cpu",)),
-    Rule("_foreach_*", "elementwise", "an elementwise function of each tensor"),
+    Rule("_foreach_powsum*", "uncovered", "sums over tensors, in blocks that depend on their sizes"),
     Rule(
         "native_dropout* _fused_dropout* _masked_scale *rrelu_with_noise*",
         "elementwise",
@@ -92,7 +132,7 @@ DECIDED = (
     Rule("_amp_foreach_* _amp_update_scale*", "elementwise", "a product with one scale"),
     Rule("_to_sparse* sparse_* _sparse_coo* _to_dense* _coalesce*", "exact", "moves values"),
     Rule(
-        "*_copy *_copy.* *_like *_like.* new_* empty* zeros* ones* full* eye* set* resize* *_resize* lift* _lazy_clone copy "
+        "*_copy *_copy.* *_like *_like.* new_* *empty* zeros* ones* full* eye* set* resize* *_resize* lift* _lazy_clone copy "
         "copy_ _copy_from* fill* zero* _reshape* *_view* _stack _chunk_cat",
         "exact",
         "makes or copies a tensor",
@@ -103,12 +143,13 @@ DECIDED = (
 # They combine elements, in one way only: fine where the tests saw no difference.
 FIXED = (
     Rule("glu glu_* linalg_cross complex polar", "elementwise", "a fixed expression of a few elements"),
-    Rule(
-        "scatter_add index_add index_put _index_put_impl _unsafe_index_put put _unsafe_masked_index_put_accumulate",
-        "elementwise",
-        "adds in the order of the indices",
-        ("cpu",),
-    ),
+    Rule("scatter_add index_add index_put put", "elementwise", "adds in the order of the indices", ("cpu",)),
+)
+
+# For what no call of the database reaches.
+UNTESTED = (
+    Rule("_foreach_*", "elementwise", "an elementwise function of each tensor; not tested"),
+    Rule("special_*.*scalar special_*.[nx]_scalar xlogy.*", "elementwise", "as for two tensors, which was tested"),
 )
 
 
@@ -123,23 +164,20 @@ def decided(name: str, device: str) -> Rule | None:
     return _match(DECIDED, name, device)
 
 
-def verdict(operation: Operation, device: str, always: Evidence | None, conditional: Evidence | None) -> Verdict:
-    """The class of an operation on a device.
-
-    Args:
-        operation: It.
-        device: "cpu" or "cuda".
-        always: Evidence from the calls that do not meet its condition; all calls, if it has none.
-        conditional: Evidence from the calls that do.
-    """
+def verdict(operation: Operation, device: str, found: Mapping[Key, Evidence]) -> Verdict:
+    """The class of an operation on a device ("cpu" or "cuda"), from the evidence of all."""
     if operation.name in replaced(device):
-        return "covered", "replaced by the mode", None
+        return "covered", REPLACED, None
+    stands_for = ALIKE.get(operation.name, operation.name)
+    always, conditional = found.get((stands_for, False)), found.get((stands_for, True))
+    condition = CONDITIONAL.get(stands_for)
     kind, reason = _judge(operation, device, always)
-    condition = CONDITIONAL.get(operation.name)
-    if condition is None or kind == "uncovered":
+    if condition is None or always is None or always.differs:
         return kind, reason, None
     under = _judge(operation, device, conditional)
-    return ("uncovered", under[1], condition) if under[0] == "uncovered" else (kind, reason, None)
+    if under[0] == "uncovered":
+        return "uncovered", under[1], condition
+    return "elementwise", under[1], None
 
 
 def missing_forms(operation: Operation, device: str) -> Iterable[str]:
@@ -154,7 +192,7 @@ def _judge(operation: Operation, device: str, found: Evidence | None) -> tuple[K
     if rule is not None:
         return rule.kind, rule.reason
     if found is None:
-        return _untested(operation)
+        return _untested(operation, device)
     if torch.Tag.nondeterministic_seeded in operation.overload.tags:
         return "exact", "draws random numbers"
     if not found.floating:
@@ -165,13 +203,16 @@ def _judge(operation: Operation, device: str, found: Evidence | None) -> tuple[K
         return "uncovered", f"a row alone differs from the row in a batch ({', '.join(sorted(found.differs))})"
     if not found.computes:
         return "exact", "moves or selects values"
-    fixed = _match(FIXED, operation.name, device)
+    fixed = _match(FIXED, ALIKE.get(operation.name, operation.name), device)
     if found.compared and (fixed is not None or not found.mixes):
         return "elementwise", fixed.reason if fixed else "tested"
     return "uncovered", "combines elements; no test saw a difference, and nothing rules it out"
 
 
-def _untested(operation: Operation) -> tuple[Kind, str]:
+def _untested(operation: Operation, device: str) -> tuple[Kind, str]:
+    rule = _match(UNTESTED, operation.name, device)
+    if rule is not None:
+        return rule.kind, rule.reason
     op = operation.overload
     schema = op._schema
     if torch.Tag.nondeterministic_seeded in op.tags:
@@ -182,7 +223,7 @@ def _untested(operation: Operation) -> tuple[Kind, str]:
         return "exact", "returns no tensor"
     if not any("Tensor" in str(argument.type) for argument in schema.arguments):
         return "exact", "makes a tensor of numbers"
-    if torch.Tag.pointwise in op.tags and not any(word in schema.name for word in ("special_", "fake_quantize")):
+    if torch.Tag.pointwise in op.tags and "fake_quantize" not in schema.name:
         return "elementwise", "elementwise by definition; not tested"
     return "uncovered", "not tested"
 
