@@ -163,9 +163,12 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """softmax(scale * query @ key^T + mask) @ value; dropout raises."""
+    """softmax(scale * query @ key^T + mask) @ value; with dropout, torch's composition of ops that are replaced."""
     if query.dtype not in FLOATS:
         return NotImplemented
+    if dropout_p:
+        composed = torch.ops.aten._scaled_dot_product_attention_math
+        return composed(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
     return attention.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
