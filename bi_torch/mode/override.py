@@ -63,7 +63,8 @@ def overload(name: str) -> Any:
 
 def _in_place(function: Function) -> Function:
     def run(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = function(self, *args, **kwargs)
+        # A gradient may need the elements as they were.
+        result = function(self.clone() if torch.is_grad_enabled() and self.requires_grad else self, *args, **kwargs)
         return result if result is NotImplemented else self.copy_(result)
 
     return run
