@@ -1,12 +1,13 @@
 """Processes that compile side by side and take turns on the GPU.
 
-Kernels are lowered in Python, so threads do not help; and a measurement wants the GPU, and the host's cores, to itself.
+Kernels are lowered in Python, so threads do not help; and a measurement wants the GPU, and the host's cores, to itself. A
+process ends with its work: what it held of the GPU's memory is free for the next one.
 """
 
 import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Barrier, Lock
 from typing import Any
 
@@ -15,12 +16,32 @@ _lock: Lock
 
 
 def in_turns(work: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-    """work(*call) for every call, each in a process of its own; results as they come."""
+    """work(*call) for every call, each in a process of its own; results as they come.
+
+    Raises:
+        RuntimeError: a process ended without a result; it has printed why.
+    """
     context = multiprocessing.get_context("spawn")
-    shared = (context.Barrier(len(calls)), context.Lock())
-    with ProcessPoolExecutor(len(calls), context, _share, shared) as pool:
-        for future in as_completed([pool.submit(_run, work, call) for call in calls]):
-            yield future.result()
+    barrier, lock = context.Barrier(len(calls)), context.Lock()
+    running: dict[Any, Any] = {}
+    try:
+        for call in calls:
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_run, args=(barrier, lock, sender, work, call))
+            process.start()
+            sender.close()  # ours: so that the end of the process is the end of the pipe
+            running[receiver] = process
+        while running:
+            for receiver in wait(list(running)):
+                try:
+                    result = receiver.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    raise RuntimeError("a process of the benchmark failed") from None
+                running.pop(receiver).join()
+                yield result
+    finally:
+        for process in running.values():
+            process.kill()
 
 
 def ready() -> None:
@@ -35,14 +56,7 @@ def turn() -> Iterator[None]:
         yield
 
 
-def _share(barrier: Barrier, lock: Lock) -> None:
+def _run(barrier: Barrier, lock: Lock, results: Connection, work: Callable[..., Any], call: tuple[Any, ...]) -> None:
     global _barrier, _lock
     _barrier, _lock = barrier, lock
-
-
-def _run(work: Callable[..., Any], call: tuple[Any, ...]) -> Any:
-    try:
-        return work(*call)
-    except BaseException:
-        _barrier.abort()  # the others would wait for ever
-        raise
+    results.send(work(*call))
