@@ -32,12 +32,12 @@ def in_turns(work: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iter
             sender.close()  # ours: so that the end of the process is the end of the pipe
             running[receiver] = process
         while running:
-            for receiver in wait(list(running)):
+            for ended in wait(list(running)):
                 try:
-                    result = receiver.recv()  # type: ignore[union-attr]
+                    result = ended.recv()  # type: ignore[union-attr]
                 except EOFError:
                     raise RuntimeError("a process of the benchmark failed") from None
-                running.pop(receiver).join()
+                running.pop(ended).join()
                 yield result
     finally:
         for process in running.values():
