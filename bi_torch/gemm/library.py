@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from bi_torch.gemm import cpu, cuda
 from bi_torch.stock import runs_stock
+from bi_torch.transforms import Function, in_transform, record
 from shared_specs import GemmContract, gemm_contract
 
 _SCHEMA = "(Tensor a, Tensor b, Tensor? bias, float alpha, float beta, ScalarType out_dtype)"
@@ -47,9 +48,9 @@ def gemm(
     """alpha * (a @ b) + beta * bias through the dispatcher; arguments are checked by the caller.
 
     Without a gradient to record, the autograd key is skipped: its kernel would do the same at twice the call overhead.
-    A compiler traces the op itself.
+    A compiler traces the op itself, and so do the transforms of torch.func.
     """
-    if _differentiated(a, b, bias) or torch.compiler.is_compiling():
+    if _differentiated(a, b, bias) or in_transform() or torch.compiler.is_compiling():
         return _op(a, b, bias, alpha, beta, out_dtype)
     return _below_autograd(a, b, bias, alpha, beta, out_dtype)
 
@@ -170,7 +171,7 @@ def _fake_out(
     pass
 
 
-class _Gemm(torch.autograd.Function):
+class _Gemm(Function):
     """Gradients are products under the same contract, so they too are the same bits in every schedule and framework."""
 
     @staticmethod
@@ -230,7 +231,7 @@ def _autograd(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
 ) -> torch.Tensor:
     if _differentiated(a, b, bias):
-        return _Gemm.apply(a, b, bias, alpha, beta, out_dtype)
+        return record(_Gemm, a, b, bias, alpha, beta, out_dtype)
     return _below_autograd(a, b, bias, alpha, beta, out_dtype)
 
 
@@ -250,6 +251,23 @@ def _autograd_out(
         gemm_out(a, b, bias, alpha, beta, out_dtype, out=out)
 
 
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch.Tensor, int]:
+    """The batch as the outermost of the dimensions that a product walks over anyway."""
+    a, b, bias, *rest = args
+    rank = max(x.dim() - (dim is not None) for x, dim in zip((a, b), in_dims, strict=False))
+
+    def aligned(x: torch.Tensor | None, dim: int | None) -> torch.Tensor | None:
+        if x is None or dim is None:
+            return x
+        x = x.movedim(dim, 0)
+        return x.reshape(x.shape[0], *(1,) * (rank - x.dim() + 1), *x.shape[1:])
+
+    a, b, bias = (aligned(x, dim) for x, dim in zip((a, b, bias), in_dims, strict=False))
+    if in_dims[0] is None and in_dims[1] is None:  # only the bias has the batch
+        a = a.expand(info.batch_size, *(1,) * (rank - a.dim()), *a.shape)
+    return gemm(a, b, bias, *rest), 0
+
+
 _KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     "gemm": {"CPU": _cpu, "CUDA": _cuda, "Meta": _fake, "Autograd": _autograd},
     "gemm.out": {"CPU": _cpu_out, "CUDA": _cuda_out, "Meta": _fake_out, "Autograd": _autograd_out},
@@ -257,3 +275,4 @@ _KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
 for name, kernels in _KERNELS.items():
     for key, kernel in kernels.items():
         _LIBRARY.impl(name, kernel, key)
+torch.library.register_vmap("bi_torch::gemm", _vmap, lib=_LIBRARY)

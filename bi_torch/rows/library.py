@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bi_torch.stock import runs_stock
+from bi_torch.transforms import Function, in_transform, record, to_front
 from shared_specs.rows import ColumnProgram, RowProgram
 
 _LIBRARY = torch.library.Library("bi_torch", "FRAGMENT")
@@ -39,6 +40,7 @@ class Op:
         cpu, cuda, fake: kernels, with the schema's signature.
         keep: tensors, arguments or results, that the gradient needs.
         gradient: without one, asking for a gradient is an error.
+        by_row: names of the arguments whose first dimension is that of the rows, where rows do not know of each other.
     """
 
     def __init__(
@@ -50,38 +52,82 @@ class Op:
         fake: Callable[..., Any],
         keep: tuple[str, ...] = (),
         gradient: Gradient | None = None,
+        by_row: Callable[[SimpleNamespace], frozenset[str]] = lambda args: frozenset(),
     ) -> None:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.name = schema.partition("(")[0]
         self._overload = getattr(torch.ops.bi_torch, self.name).default
         self._arguments = [argument.name for argument in self._overload._schema.arguments]
         self.results = [result.name for result in self._overload._schema.returns]
-        self._keep, self._gradient = keep, gradient
+        self._keep, self._gradient, self._by_row = keep, gradient, by_row
         for key, kernel in {"CPU": runs_stock(cpu), "CUDA": runs_stock(cuda), "Meta": fake}.items():
             _LIBRARY.impl(self.name, kernel, key)
-        torch.library.register_autograd(
-            f"bi_torch::{self.name}", self._backward, setup_context=self._set_up_context, lib=_LIBRARY
-        )
+        _LIBRARY.impl(self.name, self._autograd(), "Autograd")
+        torch.library.register_vmap(f"bi_torch::{self.name}", self._vmap, lib=_LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
         """The op through the dispatcher.
 
         Without a gradient to record, the autograd key is skipped: it would do the same at a higher overhead. A compiler traces
-        the op itself.
+        the op itself, and so do the transforms of torch.func.
         """
-        if torch.compiler.is_compiling():
-            return self._overload(*args)
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            raise RuntimeError(f"bi_torch.{self.name} has no gradient in forward mode")
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if torch.compiler.is_compiling() or in_transform() or self._differentiated(args):
             return self._overload(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*args)
 
+    def _differentiated(self, args: tuple[Any, ...]) -> bool:
+        """True if a gradient is to be recorded."""
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise RuntimeError(f"bi_torch.{self.name} has no gradient in forward mode")
+        return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
     def arguments(self, args: tuple[Any, ...]) -> SimpleNamespace:
         """Arguments by name."""
         return SimpleNamespace(**dict(zip(self._arguments, args, strict=True)))
+
+    def _autograd(self) -> Callable[..., Any]:
+        """The kernel that records the gradient."""
+        op = self
+
+        class Recorded(Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = below(*args)
+                op._set_up_context(ctx, args, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *cotangents: Any) -> Any:
+                return op._backward(ctx, *cotangents)
+
+        def below(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op._overload(*args)
+
+        def kernel(*args: Any) -> Any:
+            return record(Recorded, *args) if op._differentiated(args) else below(*args)
+
+        return kernel
+
+    def _vmap(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        """More rows, where all that has the batch dimension belongs to a row; else one call after another."""
+        size, names = info.batch_size, dict(zip(self._arguments, in_dims, strict=True))
+        by_row = self._by_row(self.arguments(args))
+        if all(dim is None or name in by_row for name, dim in names.items()):
+            folded = [
+                to_front(x, dim, size).flatten(0, 1) if name in by_row and isinstance(x, Tensor) else x
+                for (name, dim), x in zip(names.items(), args, strict=True)
+            ]
+            outputs = [y.unflatten(0, (size, -1)) for y in _several(self(*folded))]
+        else:
+            each = [
+                _several(self(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True))))
+                for i in range(size)
+            ]
+            outputs = [torch.stack(ys) for ys in zip(*each, strict=True)]
+        return (outputs[0], 0) if len(outputs) == 1 else (tuple(outputs), (0,) * len(outputs))
 
     def _set_up_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         results = dict(zip(self.results, output if isinstance(output, tuple) else (output,), strict=True))
@@ -124,7 +170,11 @@ def row_op(schema: str, program: Program | Choose, *, keep: tuple[str, ...] = ()
         e = op.arguments(args)
         return _pack(_new_outputs(chosen(e), e, op.results), op.results)
 
-    op = Op(schema, cpu=kernel(_cpu), cuda=kernel(_cuda), fake=fake, keep=keep, gradient=gradient)
+    def by_row(args: SimpleNamespace) -> frozenset[str]:
+        p = chosen(args)
+        return frozenset() if isinstance(p, ColumnProgram) else frozenset({*p.elements, *p.rows, *p.ids})
+
+    op = Op(schema, cpu=kernel(_cpu), cuda=kernel(_cuda), fake=fake, keep=keep, gradient=gradient, by_row=by_row)
     return op
 
 
@@ -205,3 +255,7 @@ def _out_dtype(name: str, e: SimpleNamespace) -> torch.dtype:
 
 def _pack(outputs: Mapping[str, Tensor], results: list[str]) -> Any:
     return outputs[results[0]] if len(results) == 1 else tuple(outputs[name] for name in results)
+
+
+def _several(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
