@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.library import Library, get_kernel
 
 from bi_torch.mode import activations, losses, normalization, policy, products, reductions, uncovered
+from bi_torch.mode.numbers import with_tensors
 from bi_torch.mode.override import Function, Override, overload
 from bi_torch.stock import THREAD
 
@@ -100,8 +101,10 @@ def _has_kernel(name: str, key: str) -> bool:
 def _kernel(name: str, key: str, function: Function, refuse: Callable[..., None] | None = None) -> Kernel:
     """`function`, or torch's own kernel if that returns NotImplemented and `refuse` does not raise."""
     stock = _stock(name, key)
+    tensors = with_tensors(name)
 
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        args = tensors(args)
         if not THREAD.inside:
             result = function(*args, **kwargs)
             if result is not NotImplemented:

@@ -13,6 +13,7 @@ import torch
 
 from bi_torch.mode import coverage
 from bi_torch.mode.coverage import CONDITIONS, Entry
+from bi_torch.mode.numbers import with_tensors
 from bi_torch.mode.override import overload
 from bi_torch.mode.policy import Policy, inexact, report
 from bi_torch.stock import THREAD
@@ -55,8 +56,10 @@ def named_arguments(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: di
 
 def _kernel(entry: Entry, stock: Any, policy: Callable[[], Policy]) -> Kernel:
     op = overload(entry.op)
+    tensors = with_tensors(entry.op)
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tensors(args)
         if not THREAD.inside and depends_on_batch(entry, op, args, kwargs):
             report(entry.op, entry.explanation(), policy())
         return stock.call_boxed(keyset, *args, **kwargs)
