@@ -1,9 +1,9 @@
 """What the mode puts into torch's dispatcher.
 
-Every override is registered twice: for autograd, where it records the gradient that our functions have, and where a compiler
-finds it while it traces; and for the device itself, where tensors of inference mode arrive, and calls that torch makes
-from inside other ops. Where a function has nothing to offer (it returns NotImplemented), and inside our own engines, torch's
-kernel runs, which is kept here.
+Every override is registered several times: for autograd, where it records the gradient that our functions have, and where a
+compiler finds it while it traces; for torch.func; and for the device itself, where tensors of inference mode arrive, and calls
+that torch makes from inside other ops. Where a function has nothing to offer (it returns NotImplemented), and inside our own
+engines, torch's kernel runs, which is kept here.
 """
 
 import warnings
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.vmap import lazy_load_decompositions
 from torch.library import Library, get_kernel
 
 from bi_torch.mode import activations, losses, normalization, policy, products, reductions, uncovered
@@ -33,6 +34,9 @@ Kernel = Callable[..., Any]
 
 KEYS = {"cpu": ("CPU", "AutogradCPU"), "cuda": ("CUDA", "AutogradCUDA")}
 """Dispatch keys of a device: the kernel's, and autograd's."""
+TRANSFORMS = ("FuncTorchDynamicLayerFrontMode", "FuncTorchVmapMode", "FuncTorchBatchedDecomposition", "FuncTorchBatched")
+"""Dispatch keys of torch.func, where torch takes ops apart: addmm becomes a product and a sum, with two roundings. Which
+of them takes an op apart differs; it is the first that has a kernel, or the last."""
 
 _library: Library | None = None
 _installed: list[tuple[str, str, Kernel]] = []
@@ -78,7 +82,9 @@ def _active(device: str, portable: bool) -> Iterator[Override]:
 @cache
 def _registrations(portable: bool) -> list[tuple[str, str, Kernel]]:
     """(overload, dispatch key, kernel). Torch's own kernels are looked up here, while none of ours hides them."""
+    lazy_load_decompositions()  # torch's own for vmap, which could not come after ours
     found = []
+    transformed: dict[str, Function] = {}
     for device in ("cpu", "cuda") if torch.backends.cuda.is_built() else ("cpu",):
         backend, autograd = KEYS[device]
         for override in _active(device, portable):
@@ -88,9 +94,13 @@ def _registrations(portable: bool) -> list[tuple[str, str, Kernel]]:
                 found.append((name, backend, _kernel(name, backend, function, refuse)))
                 if override.autograd:
                     found.append((name, autograd, _kernel(name, autograd, _checked(name, function))))
+                    transformed[name] = function
         replaced = kernels(device, portable)
         refusals = uncovered.kernels(device, policy.on_uncovered)
         found += [(name, backend, kernel) for name, kernel in refusals.items() if name not in replaced]
+    for name, function in transformed.items():
+        key = next((key for key in TRANSFORMS if _has_kernel(name, key)), TRANSFORMS[-1])
+        found.append((name, key, _kernel(name, key, function)))
     return found
 
 
