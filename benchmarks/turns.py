@@ -23,7 +23,7 @@ def in_turns(work: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iter
     """
     context = multiprocessing.get_context("spawn")
     barrier, lock = context.Barrier(len(calls)), context.Lock()
-    running: dict[Any, Any] = {}
+    running: dict[Connection, Any] = {}
     try:
         for call in calls:
             receiver, sender = context.Pipe(duplex=False)
@@ -32,9 +32,10 @@ def in_turns(work: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iter
             sender.close()  # ours: so that the end of the process is the end of the pipe
             running[receiver] = process
         while running:
-            for ended in wait(list(running)):
+            ended_now = wait(list(running))
+            for ended in [receiver for receiver in running if receiver in ended_now]:
                 try:
-                    result = ended.recv()  # type: ignore[union-attr]
+                    result = ended.recv()
                 except EOFError:
                     raise RuntimeError("a process of the benchmark failed") from None
                 running.pop(ended).join()
