@@ -72,7 +72,12 @@ def define(primitive: Primitive, name: Callable[..., str], on_cpu: Callable[...,
         return on_cuda(*operands, **params)
 
     jitted = jax.jit(lambda operands, params: primitive.bind(*operands, **dict(params)), static_argnums=1)
-    primitive.def_impl(lambda *operands, **params: jitted(operands, tuple(sorted(params.items()))))
+
+    def evaluated(*operands: jax.Array, **params: Any) -> Any:
+        with jax.disable_jit(False):  # a primitive has no other way to be computed
+            return jitted(operands, tuple(sorted(params.items())))
+
+    primitive.def_impl(evaluated)
     mlir.register_lowering(primitive, unsupported)
     for platform, engine in (("cpu", _isolated(on_cpu)), ("cuda", checked)):
         mlir.register_lowering(primitive, lowering(engine, primitive.multiple_results), platform=platform)

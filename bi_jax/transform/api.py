@@ -52,8 +52,8 @@ def batch_invariant(
 
     Args:
         fn: any function of JAX. Without it, a decorator with the other arguments is returned.
-        portable: elementary functions are the contract's as well, and bfloat16 and float16 intermediates are rounded after every
-            operation, so that another framework can have the same bits.
+        portable: elementary functions are the contract's as well, on a GPU too, and subnormals are kept on a CPU, so that
+            another framework can have the same bits.
         on_uncovered: what becomes of a primitive whose bits may depend on the batch and that is not covered: "raise", "warn"
             (once a primitive) or "ignore".
         static_argnums: as of `jax.jit`.
@@ -87,9 +87,9 @@ def _bind(fn: Function, options: Options, args: tuple[Any, ...], kwargs: dict[st
 
     def of_arrays(*arrays: jax.Array) -> Any:
         given = dict(zip(places, arrays, strict=True))
-        args, kwargs = structure.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)])
+        args, kwargs = jax.tree.unflatten(structure, [given.get(i, leaf) for i, leaf in enumerate(leaves)])
         return fn(*args, **kwargs)
 
     arrays = [leaves[i] for i in places]
     jaxpr, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
-    return jax.tree.structure(shapes).unflatten(primitive.bind(jaxpr, arrays, options, check=True))
+    return jax.tree.unflatten(jax.tree.structure(shapes), primitive.bind(jaxpr, arrays, options, check=True))

@@ -4,9 +4,14 @@ Integers and bools are exact in any order, so only primitives that compute with 
 one of the tables below, or it is replaced (`rules`), entered (`rewrite`), or not covered.
 """
 
+import contextlib
 import dataclasses
+import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
@@ -14,36 +19,35 @@ from jax._src import source_info_util
 
 Policy = Literal["raise", "warn", "ignore"]
 
+_PACKAGE = str(Path(__file__).parent)
+
 FLOATS = ("bfloat16", "float16", "float32")
 """Dtypes that are computed with."""
 
-MOVED = frozenset(
-    """
-    all_gather all_gather_invariant all_to_all bitcast_convert_type broadcast_in_dim broadcast_to complex concatenate conj copy
-    copy_p create_token after_all device_put dce_sink dynamic_slice dynamic_update_slice empty empty2 gather imag iota layout_constraint
-    name optimization_barrier pad pbroadcast pcast ppermute pvary real reshape reshard rev scatter select_n sharding_constraint
-    slice split squeeze stack stop_gradient tile transpose unstack with_memory_space_constraint zeros_like
-    """.split()
-)
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+MOVED = _names("""
+    after_all all_gather all_gather_invariant all_to_all bitcast_convert_type broadcast_in_dim broadcast_to complex concatenate
+    conj copy create_token dce_sink device_put dynamic_slice dynamic_update_slice empty empty2 gather imag iota
+    layout_constraint name optimization_barrier pad pbroadcast pcast ppermute pvary real reshape reshard rev scatter select_n
+    sharding_constraint slice split squeeze stack stop_gradient tile transpose unstack with_memory_space_constraint
+""")
 """They move bits."""
 
-EXACT = frozenset(
-    """
-    abs and argmax argmin axis_index ceil clamp clz debug_callback debug_print eq eq_to floor ge gt inspect_sharding is_finite le le_to
-    lt lt_to max min ne neg nextafter not or platform_index pmax pmin population_count random_bits random_clone random_fold_in
-    random_seed random_split random_unwrap random_wrap reduce_and reduce_or reduce_precision reduce_xor rng_bit_generator round
-    shift_left shift_right_arithmetic shift_right_logical sign sort stage threefry2x32 top_k xor
-    """.split()
-)
+EXACT = _names("""
+    abs argmax argmin axis_index ceil clamp debug_callback debug_print eq eq_to floor ge gt inspect_sharding is_finite le le_to
+    lt lt_to max min ne neg nextafter pmax pmin random_bits random_clone random_fold_in random_seed random_split random_unwrap
+    random_wrap reduce_precision rng_bit_generator round sign sort stage top_k
+""")
 """Each result is fixed by its operands: there is nothing to round, or only one way to do it."""
 
-STOCK = frozenset(
-    """
-    acos asin atan2 atanh bessel_i0e bessel_i1e cbrt cosh digamma erf_inv erfc exp2 expm1 lgamma log1p log2 nextafter pow rem
-    sinh tan
-    """.split()
-)
-"""Functions of single elements that XLA computes the same way wherever an element is; the tests try them."""
+COMPUTED = _names("""
+    acos asin atanh bessel_i0e bessel_i1e cbrt cosh erf_inv erfc exp2 expm1 log1p pow rem sinh tan
+""")
+"""Functions of single elements that XLA computes in the same way wherever an element is, as tests find."""
 
 
 class UncoveredOperationError(RuntimeError):
@@ -75,39 +79,59 @@ class Options:
         return dataclasses.replace(self, portable=self.portable or outer.portable)
 
 
-_counts: Counter[str] = Counter()
+_found: set[tuple[str, str, str]] = set()
 _warned: set[str] = set()
+_line: ContextVar[str] = ContextVar("line", default="")
 
 
 def uncovered_counts() -> dict[str, int]:
-    """How often each primitive that is not covered was met under the policies "warn" and "ignore"."""
-    return dict(_counts)
+    """In how many places each primitive that is not covered was met under the policies "warn" and "ignore".
+
+    A place is a line of the user's with the types of the operands.
+    """
+    return dict(Counter(name for name, _, _ in _found))
 
 
 def reset_uncovered() -> None:
-    """Forget the counts, and which primitives were warned of."""
-    _counts.clear()
+    """Forget the places, and which primitives were warned of."""
+    _found.clear()
     _warned.clear()
 
 
 def report(eqn: Any, reason: str, policy: Policy) -> None:
     """Do what `policy` says about an equation that is not covered."""
-    name = eqn.primitive.name
-    message = (
-        f"{name}({', '.join(x.aval.str_short(short_dtypes=True) for x in eqn.invars)}) at {source(eqn)}: the bits of a row may "
-        f'depend on the batch, and batch_invariant does not cover it ({reason}); on_uncovered="warn" or "ignore" lets it run'
-    )
+    name, types = eqn.primitive.name, ", ".join(x.aval.str_short(short_dtypes=True) for x in eqn.invars)
+    with at_line_of(eqn) as line:
+        message = (
+            f"{name}({types}) at {line}: the bits of a row may depend on the batch, and batch_invariant does not cover it "
+            f'({reason}); on_uncovered="warn" or "ignore" lets it run'
+        )
     if policy == "raise":
         raise UncoveredOperationError(message)
-    _counts[name] += 1
+    _found.add((name, types, line))
     if policy == "warn" and name not in _warned:
         _warned.add(name)
         warnings.warn(message, UncoveredOperationWarning, stacklevel=2)
 
 
-def source(eqn: Any) -> str:
-    """The user's line that an equation comes from."""
-    return source_info_util.summarize(eqn.source_info)
+@contextlib.contextmanager
+def at_line_of(eqn: Any) -> Iterator[str]:
+    """The user's line that an equation comes from: its own, or that of the equation which this one is inside of."""
+    frames = source_info_util.user_frames(eqn.source_info.traceback)
+    own = next((f"{frame.file_name}:{frame.start_line}" for frame in frames if not frame.file_name.startswith(_PACKAGE)), "")
+    token = _line.set(own or _line.get())
+    try:
+        yield _line.get() or _calling_line()
+    finally:
+        _line.reset(token)
+
+
+def _calling_line() -> str:
+    """The innermost line of the stack that is neither of this package nor of JAX."""
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(_PACKAGE) and source_info_util.is_user_filename(frame.filename):
+            return f"{frame.filename}:{frame.lineno}"
+    return "an unknown line"
 
 
 def is_inexact(aval: Any) -> bool:

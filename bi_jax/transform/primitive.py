@@ -26,7 +26,7 @@ invariant_p.multiple_results = True
 
 
 def bind(jaxpr: Jaxpr, operands: Sequence[Any], options: Options, *, check: bool = False) -> list[Any]:
-    """The results of `jaxpr` on `operands`, to be computed under `options`; what is not covered raises now, if asked to `check`."""
+    """The results of `jaxpr` on `operands`, to be computed under `options`. With `check`, what is not covered raises now."""
     consts, jaxpr = jaxpr.consts, pe.convert_constvars_jaxpr(jaxpr)
     if check:
         rewritten(jaxpr, options)
@@ -50,17 +50,13 @@ def _compute(*operands: jax.Array, jaxpr: Jaxpr, options: Options) -> list[jax.A
 mlir.register_lowering(invariant_p, mlir.lower_fun(_compute, multiple_results=True))
 
 
-def _jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: Jaxpr, options: Options
-) -> tuple[list[Any], list[Any]]:
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: Jaxpr, options: Options) -> tuple[list[Any], list[Any]]:
     nonzero = [type(t) is not ad.Zero for t in tangents]
     jvp_jaxpr, out_nonzero = ad_internals.jvp_jaxpr(jaxpr, nonzero, False)
     given = [t for t in tangents if type(t) is not ad.Zero]
     outs = bind(jvp_jaxpr, [*primals, *given], options)
     results, rest = outs[: len(jaxpr.outvars)], iter(outs[len(jaxpr.outvars) :])
-    return results, [
-        next(rest) if is_given else ad_util.p2tz(x) for x, is_given in zip(results, out_nonzero, strict=True)
-    ]
+    return results, [next(rest) if is_given else ad_util.p2tz(x) for x, is_given in zip(results, out_nonzero, strict=True)]
 
 
 ad.primitive_jvps[invariant_p] = _jvp

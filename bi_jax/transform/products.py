@@ -55,5 +55,8 @@ def _matrices(
     orders = {False: (*batch, *free, *contract), True: (*batch, *contract, *free)}
     swapped = orders[not first] == tuple(range(x.ndim)) != orders[first]
     order = orders[first != swapped]
-    sizes = [math.prod(x.shape[d] for d in dims) for dims in ((batch, contract, free) if first != swapped else (batch, free, contract))]
+    sizes = [
+        math.prod(x.shape[d] for d in dims)
+        for dims in ((batch, contract, free) if first != swapped else (batch, free, contract))
+    ]
     return x.transpose(order).reshape(sizes), tuple(x.shape[d] for d in free), swapped

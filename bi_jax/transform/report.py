@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.extend.core import Jaxpr
 
-from bi_jax.transform.coverage import Options, source
+from bi_jax.transform.coverage import Options, at_line_of
 from bi_jax.transform.rewrite import inner
-from bi_jax.transform.rules import Treatment, treatment
+from bi_jax.transform.rules import treatment
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,23 +66,23 @@ def explain(fn: Callable[..., Any], *args: Any, portable: bool = False, **kwargs
     were asked to. Nothing is computed, and nothing raises for not being covered.
     """
     jaxpr = jax.make_jaxpr(fn)(*args, **kwargs)
-    inside = list(_equations(jaxpr, None))
-    found = inside or list(_equations(jaxpr, Options(portable)))
-    return Explanation(tuple(Row(*key, count) for key, count in Counter(map(_key, found)).items()))
+    found = Counter(_rows(jaxpr, None)) or Counter(_rows(jaxpr, Options(portable)))
+    return Explanation(tuple(Row(*row, count) for row, count in found.items()))
 
 
-def _equations(jaxpr: Jaxpr, options: Options | None) -> Iterator[tuple[Any, Treatment]]:
-    """Equations with their treatments; without options, those of transformed functions only."""
+def _rows(jaxpr: Jaxpr, options: Options | None) -> Iterator[tuple[str, str, str, str]]:
+    """A row, but for its count, for each equation; without options, for those of transformed functions only."""
     for eqn in jaxpr.eqns:
-        if entered := inner(eqn, options):
-            for jaxpr in entered[0]:
-                yield from _equations(jaxpr, entered[1])
-        elif options is not None:
-            yield eqn, treatment(eqn, options)
+        with at_line_of(eqn) as line:
+            if entered := inner(eqn, options):
+                for each in entered[0]:
+                    yield from _rows(each, entered[1])
+            elif options is not None:
+                chosen = treatment(eqn, options)
+                by = f"uncovered: {chosen.by}, {line}" if chosen.kind == "uncovered" else chosen.by
+                yield eqn.primitive.name, _types(eqn), chosen.kind, by
 
 
-def _key(item: tuple[Any, Treatment]) -> tuple[str, str, str, str]:
-    eqn, chosen = item
+def _types(eqn: Any) -> str:
     operands, results = (", ".join(x.aval.str_short(short_dtypes=True) for x in side) for side in (eqn.invars, eqn.outvars))
-    by = f"uncovered: {chosen.by}, {source(eqn)}" if chosen.kind == "uncovered" else chosen.by
-    return eqn.primitive.name, f"{operands} -> {results}", chosen.kind, by
+    return f"{operands} -> {results}"

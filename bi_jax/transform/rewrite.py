@@ -10,7 +10,7 @@ from jax._src.interpreters import partial_eval as pe
 from jax._src.util import weakref_lru_cache
 from jax.extend.core import Jaxpr, Literal
 
-from bi_jax.transform.coverage import Options, report
+from bi_jax.transform.coverage import Options, at_line_of, report
 from bi_jax.transform.rules import treatment
 
 CALLS = {"closed_call": "call_jaxpr", "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_partitioning": "call"}
@@ -42,11 +42,15 @@ def evaluate(jaxpr: Jaxpr, options: Options, operands: Sequence[Any]) -> list[An
     values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*jaxpr.consts, *operands), strict=True))
 
     def read(atom: Any) -> Any:
-        return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else values[atom]
+        if not isinstance(atom, Literal):
+            return values[atom]
+        aval: Any = atom.aval
+        return np.asarray(atom.val, aval.dtype)
 
     for eqn in jaxpr.eqns:
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-        with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+        source = source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
+        with source, eqn.ctx.manager, at_line_of(eqn):
             results = _computed(eqn, options, [read(x) for x in eqn.invars])
         values.update(zip(eqn.outvars, results, strict=True))
     return [read(x) for x in jaxpr.outvars]
