@@ -40,6 +40,14 @@ def _unary(function: Callable[..., Tensor]) -> Function:
     return run
 
 
+def glu(self: Tensor, dim: int = -1) -> Any:
+    """The first half times the sigmoid of the second, in float32."""
+    if self.dtype not in FLOATS or not self.dim() or self.shape[dim] % 2:
+        return NotImplemented
+    x, gate = self.to(torch.float32).chunk(2, dim)
+    return (x * pointwise.sigmoid(gate)).to(self.dtype)
+
+
 def _gradient(function: Callable[..., Tensor]) -> Function:
     def run(grad_output: Tensor, self: Tensor, **options: Any) -> Any:
         return function(grad_output, self, **options) if self.dtype in FLOATS else NotImplemented
@@ -136,6 +144,7 @@ def _aligned() -> Iterator[Override]:
 OVERRIDES = (
     _both("gelu", _unary(pointwise.gelu)),
     _both("silu", _unary(pointwise.silu)),
+    Override("glu", glu, out="glu.out"),
     Override("gelu_backward", _gradient(pointwise.gelu_backward), out="gelu_backward.grad_input", autograd=False),
     Override("silu_backward", _gradient(pointwise.silu_backward), out="silu_backward.grad_input", autograd=False),
     *(_both(name, _unary(getattr(pointwise, name)), devices=("cpu",), portable=True) for name in ("sigmoid", "rsqrt")),

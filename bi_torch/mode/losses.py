@@ -51,6 +51,33 @@ def mse_loss(self: Tensor, target: Tensor, reduction: int = 1) -> Any:
     return reduce.squared_error(x, y, REDUCTIONS[reduction] == "mean")
 
 
+def nll_loss_backward(
+    grad_output: Tensor,
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    total_weight: Tensor,
+) -> Any:
+    """The gradient of the losses' input: -weight times the cotangent at the class, 0 elsewhere."""
+    if self.dtype not in FLOATS or target.dtype not in IDS:
+        return NotImplemented
+    divisor = total_weight if REDUCTIONS[reduction] == "mean" else None
+    return softmax.nll_loss_backward(grad_output, self, target, weight, ignore_index, divisor)
+
+
+def mse_loss_backward(grad_output: Tensor, self: Tensor, target: Tensor, reduction: int) -> Any:
+    """2 (self - target) times the cotangent, which is divided by the number of elements for a mean; in float32."""
+    if self.dtype not in FLOATS or target.dtype not in FLOATS:
+        return NotImplemented
+    difference = self.to(torch.float32) - target.to(torch.float32)
+    twice = 2 * grad_output.to(torch.float32)
+    if REDUCTIONS[reduction] == "mean":
+        twice = twice / torch.full((), difference.numel(), dtype=torch.float32, device=twice.device)
+    return (twice * difference).to(self.dtype)
+
+
 def embedding(
     weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> Any:
@@ -73,7 +100,10 @@ OVERRIDES = (
     Override("cross_entropy_loss", cross_entropy_loss),
     Override("nll_loss_forward", nll_loss_forward, out="nll_loss_forward.output"),
     Override("nll_loss2d_forward", nll_loss_forward, out="nll_loss2d_forward.output"),
+    Override("nll_loss_backward", nll_loss_backward, out="nll_loss_backward.grad_input", autograd=False),
+    Override("nll_loss2d_backward", nll_loss_backward, out="nll_loss2d_backward.grad_input", autograd=False),
     Override("mse_loss", mse_loss, out="mse_loss.out"),
+    Override("mse_loss_backward", mse_loss_backward, out="mse_loss_backward.grad_input", autograd=False),
     Override("embedding", embedding, out="embedding.out"),
     Override("embedding_dense_backward", embedding_dense_backward, out="embedding_dense_backward.out", autograd=False),
 )

@@ -166,15 +166,9 @@ def nll_loss(
     dims = (min(1, input.dim() - 1),)
     check_shape("nll_loss", "target", target, [n for d, n in enumerate(input.shape) if d not in dims])
     x = to_rows(input, dims)
-    ids = target.reshape(x.shape[0])
-    ignored = ids == ignore_index
-    ids = torch.where(ignored, 0, ids)
-    weights = torch.where(ignored, 0.0, 1.0)
+    ids, ignored, weights = _classes("nll_loss", x, target, weight, ignore_index)
     losses = -_choice(x, ids).to(torch.float32)
     if weight is not None:
-        check_tensor("nll_loss", "weight", weight, like=input)
-        check_shape("nll_loss", "weight", weight, (x.shape[1],))
-        weights = weights * weight.detach().to(torch.float32)[ids]
         losses = losses * weights
     losses = torch.where(ignored, 0.0, losses)
     total = sum_over(weights)
@@ -183,6 +177,34 @@ def nll_loss(
     if reduction == "sum":
         return sum_over(losses, dtype=input.dtype), total
     return _mean_of(losses[None], total[None], input.dtype)[0], total
+
+
+def nll_loss_backward(
+    g: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, divisor: Tensor | None
+) -> Tensor:
+    """The gradient of `nll_loss` from the cotangent g, which is divided by the sum of the weights for a mean."""
+    dims = (min(1, input.dim() - 1),)
+    x = to_rows(input, dims)
+    ids, ignored, weights = _classes("nll_loss_backward", x, target, weight, ignore_index)
+    cotangents = g.to(torch.float32)
+    if divisor is not None:
+        cotangents = cotangents / divisor.to(torch.float32)
+    cotangents = cotangents.expand(target.shape).reshape(x.shape[0])
+    losses = torch.where(ignored, 0.0, -(cotangents * weights))
+    return from_rows(_choice_backward(x, ids, losses, input.dtype), input, dims).contiguous()
+
+
+def _classes(op: str, x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row: the class, or 0 where it is ignored, whether it is, and the weight."""
+    ids = target.reshape(x.shape[0])
+    ignored = ids == ignore_index
+    ids = torch.where(ignored, 0, ids)
+    weights = torch.where(ignored, 0.0, 1.0)
+    if weight is not None:
+        check_tensor(op, "weight", weight, like=x)
+        check_shape(op, "weight", weight, (x.shape[1],))
+        weights = weights * weight.detach().to(torch.float32)[ids]
+    return ids, ignored, weights
 
 
 def cross_entropy(
