@@ -136,9 +136,8 @@ def _aligned() -> Iterator[Override]:
         name = f"pow.Tensor_{kind}"
         yield Override(name, aligned(name), f"pow_.{kind}", f"{name}_out", devices=("cpu",), autograd=False)
     for name in ("add", "sub"):
-        function = scaled_sum(f"{name}.Tensor")
-        forms = {"in_place": f"{name}_.Tensor", "out": f"{name}.out"}
-        yield Override(f"{name}.Tensor", function, **forms, devices=("cpu",), autograd=False, exact=True)
+        function, in_place, out = scaled_sum(f"{name}.Tensor"), f"{name}_.Tensor", f"{name}.out"
+        yield Override(f"{name}.Tensor", function, in_place, out, devices=("cpu",), autograd=False, exact=True)
 
 
 OVERRIDES = (
