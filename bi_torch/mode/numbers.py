@@ -38,4 +38,6 @@ def _tensor(number: complex, beside: list[Tensor]) -> Tensor:
     widest = max(beside, key=Tensor.dim)
     dtype = torch.result_type(widest, number)
     # Kernels of 16-bit formats compute in float32, with a number that was not rounded to 16 bits.
-    return torch.tensor(number, dtype=torch.float32 if dtype.itemsize == 2 and dtype.is_floating_point and widest.dim() else dtype)
+    if dtype.is_floating_point and dtype.itemsize == 2 and widest.dim():
+        dtype = torch.float32
+    return torch.tensor(number, dtype=dtype)
