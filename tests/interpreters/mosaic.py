@@ -1,13 +1,14 @@
 """Mosaic's GPU interpret mode with the arithmetic of the GPU.
 
 Interpret mode runs copies, barriers and warpgroups as they are. Five things in it are not the GPU's: `wgmma` is
-`np.matmul` and takes no operand in registers, a NaN converted to bfloat16 is not the GPU's NaN, XLA runs callbacks with
-subnormals flushed, NumPy's too, and there is no inline PTX. Here `wgmma` is the tensor core of the reference model, from
-registers too, conversions store the canonical NaN, NumPy computes in a thread of its own, and the instructions of
-`bi_jax.rows` are those of `tests.interpreters.warpgroup`.
+`np.matmul` and takes no operand in registers, a NaN converted to bfloat16 is not the GPU's NaN, XLA computes with
+subnormals flushed, and there is no inline PTX. Here `wgmma` is the tensor core of the reference model, from registers too,
+conversions store the canonical NaN, the interpreter's program is run by `tests.interpreters.jaxprs` in place of XLA, in a
+thread that keeps subnormals, and the instructions of `bi_jax.rows` are those of `tests.interpreters.warpgroup`.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,16 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src import callback
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
+from jax._src.pallas.mosaic.interpret import thread_map
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call, jaxpr_interpret, shared_memory
 from jax._src.state.types import ReshapeTransform
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import ClosedJaxpr
 
 from bi_jax import exact
 from bi_jax.rows.warpgroup import Instruction
 from shared_specs import HOPPER_DOT, float_format
 from shared_specs.formats import FLOAT32
 from shared_specs.reference import tensor_core
-from tests.interpreters import warpgroup
+from tests.interpreters import jaxprs, warpgroup
 
 LONGEST_WAIT = 60
 """Seconds that a warpgroup may wait for another."""
@@ -49,21 +52,32 @@ class _Product:
         self.a, self.b = (self.format.decode(np.ascontiguousarray(x).view(self.format.storage)) for x in (a, b))
 
     def __radd__(self, acc: np.ndarray) -> np.ndarray:
-        return _WORKER.submit(tensor_core.chain, self.a, self.b, acc, self.format, HOPPER_DOT).result()
+        return tensor_core.chain(self.a, self.b, acc, self.format, HOPPER_DOT)
 
 
-def _evaluate(ufunc: np.ufunc, x: Any, y: Any) -> np.ndarray:
-    def compute() -> np.ndarray:
-        with np.errstate(all="ignore"):
-            return FLOAT32.decode(FLOAT32.encode(ufunc(np.asarray(x), np.asarray(y))))
-
-    return _WORKER.submit(compute).result()
+def _evaluate(ufunc: np.ufunc, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return FLOAT32.decode(FLOAT32.encode(ufunc(x, y)))
 
 
 _numpy = SimpleNamespace(**{**vars(np), "matmul": _Product})
 _remove_noop_transforms = gpu_callbacks._remove_noop_transforms
 _wgmma_of_refs = gpu_callbacks.wgmma
+_interpreter = interpret_pallas_call.interpret_pallas_call
 _arithmetic = jaxpr_interpret.JaxprInterpreter._interpret_arithmetic_primitive
+
+
+def _interpret(*args: jax.Array, **params: Any) -> Any:
+    """Run a kernel in one callback."""
+    program, shapes = jax.make_jaxpr(functools.partial(_interpreter, **params), return_shape=True)(*args)
+    return callback.io_callback(lambda *values: _WORKER.submit(jaxprs.evaluate, program, *values).result(), shapes, *args)
+
+
+def _run_thread(jaxpr: Any, consts: Any, *args: Any) -> None:
+    try:
+        jaxprs.evaluate(ClosedJaxpr(jaxpr.jaxpr, consts), *args)
+    except Exception as error:  # the others would wait for this thread
+        gpu_callbacks._get_shared_memory().set_failed(error, None, top_level=False)
+        raise
 
 
 def _wgmma(*, a_allocation_key_as_array: Any, **operands: Any) -> Any:
@@ -127,7 +141,7 @@ def _inline(self: Any, eqn: Any, token: Any, get_invals: Any) -> tuple[Any, list
         args = [np.asarray(x) for x in args]
         arrays = [_Array(key, row) for key, row in zip(args, rows, strict=False)]
         until = time.monotonic() + LONGEST_WAIT
-        while (results := _WORKER.submit(warpgroup.run, instruction, *arrays, *args[len(arrays) :]).result()) is None:
+        while (results := warpgroup.run(instruction, *arrays, *args[len(arrays) :])) is None:
             assert time.monotonic() < until, "blocks run one after the other: a warpgroup can wait for its own block only"
             time.sleep(0.001)
         return token, *results
@@ -148,6 +162,9 @@ def _inline(self: Any, eqn: Any, token: Any, get_invals: Any) -> tuple[Any, list
 def interpreted() -> Iterator[None]:
     """Kernels traced in this context run on the CPU and give the GPU's bits."""
     with (
+        mock.patch.object(interpret_pallas_call, "interpret_pallas_call", _interpret),
+        mock.patch.object(shared_memory, "_to_int", lambda x: x if isinstance(x, jax.core.Tracer) else int(x)),
+        mock.patch.object(thread_map, "_run_jaxpr", _run_thread),
         mock.patch.object(gpu_callbacks, "np", _numpy),
         mock.patch.object(gpu_callbacks, "wgmma", _wgmma),
         mock.patch.object(gpu_callbacks, "_remove_noop_transforms", _without_layout),
