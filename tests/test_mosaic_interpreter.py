@@ -124,6 +124,11 @@ def test_a_swapped_schedule_serves_every_storage(swapped):
     check("float32", 20, 72, 72, SPLIT_IN_REGISTERS[1], swapped=swapped)
 
 
+@pytest.mark.parametrize("kind", ["subnormal", "tiny"])
+def test_operands_that_are_transposed_split_and_padded_keep_subnormals(kind):
+    check("float32", 2, 17, 1, SPLIT_IN_REGISTERS[0], kind=kind, swapped=(True, True), seed=35)
+
+
 @pytest.mark.parametrize("bias", [(1, 1, 70), (2, 20, 70), (1, 20, 1)])
 @pytest.mark.parametrize("schedule", SPLIT_IN_REGISTERS)
 def test_epilogue_split_in_registers(bias, schedule):
