@@ -150,6 +150,20 @@ def test_generate(name, device):
         assert_same(step[2:3], wanted)
 
 
+@pytest.mark.parametrize(
+    ("name", "device"), [("gpt2", "cpu"), *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in MODELS)]
+)
+@set_batch_invariant_mode(portable=True)
+def test_compiled(name, device, inductor):
+    """The bits of the eager model, in every batch; one program for all sizes but a batch of one, which torch singles out."""
+    net, ids, others = model(name, device), tokens(name, device, 1), tokens(name, device)
+    alone, compiled = score(net, ids), torch.compile(lambda ids: net(ids, use_cache=False).logits, dynamic=True)
+    for sequences, place in ((8, 4), (2, 0), (64, 63), *([(1, 0)] if device == "cuda" else [])):
+        with torch.no_grad():
+            together = logprobs(compiled(surrounded(ids, others, sequences, place)))
+        assert_same(together[place : place + 1], alone)
+
+
 @on_devices
 @set_batch_invariant_mode()
 def test_gradient_of_the_input(device):
