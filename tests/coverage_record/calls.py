@@ -99,17 +99,18 @@ def database() -> list[OpInfo]:
     return [info for info in itertools.chain(op_db, *lists) if not info.name.startswith("jiterator")]
 
 
-def calls_of(info: OpInfo, device: str, dtype: torch.dtype) -> Iterator[Call]:
-    """Distinct aten calls of the samples of one function, and of their gradients."""
+def calls_of(info: OpInfo, device: str, dtype: torch.dtype, samples: int = SAMPLES) -> Iterator[Call]:
+    """Distinct aten calls of the first samples of one function, and of their gradients."""
     if dtype not in info.supported_dtypes(device):
         return
     torch.manual_seed(0)
     differentiable = info.supports_autograd and dtype in info.supported_backward_dtypes(device)
+    cut = _first if info.name.startswith("_foreach") else _same  # one tensor of a list of tensors is enough
     recorder = _Recorder()
-    for sample in itertools.islice(info.sample_inputs(device, dtype, requires_grad=differentiable), SAMPLES):
+    for sample in itertools.islice(info.sample_inputs(device, dtype, requires_grad=differentiable), samples):
         try:
             with recorder:
-                result = info.op(_first(sample.input), *map(_first, sample.args), **sample.kwargs)
+                result = info.op(cut(sample.input), *map(cut, sample.args), **{k: cut(v) for k, v in sample.kwargs.items()})
             if differentiable:
                 _run_backward(recorder, result, (sample.input, sample.args, sample.kwargs))
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
@@ -119,8 +120,11 @@ def calls_of(info: OpInfo, device: str, dtype: torch.dtype) -> Iterator[Call]:
 
 
 def _first(argument: Any) -> Any:
-    """A list of tensors or numbers that a _foreach function takes, cut to one."""
     return argument[:1] if isinstance(argument, list) else argument
+
+
+def _same(argument: Any) -> Any:
+    return argument
 
 
 def _run_backward(recorder: _Recorder, result: Any, inputs: Any) -> None:

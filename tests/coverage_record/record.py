@@ -12,7 +12,8 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from bi_torch.mode import coverage, set_batch_invariant_mode
 from tests.coverage_record import pool, rules
 from tests.coverage_record.batches import Evidence, examine
 from tests.coverage_record.calls import DTYPES, Call, calls_of, database
-from tests.coverage_record.operations import functional_of, operations
+from tests.coverage_record.operations import Operation, functional_of, operations
 
 Found = dict[rules.Key, Evidence]
 Task = tuple[str, int]  # device, place in the database
@@ -98,20 +99,35 @@ def collect(device: str, workers: int, console: Console) -> Found:
         for key, evidence in result[0].items():
             found.setdefault(key, Evidence()).merge(evidence)
         for name, error in result[1].items():
-            console.print(f"{names[index]}: {name}: {error}", highlight=False)
+            console.print(f"{names[index]}: {name}: {error}", highlight=False, soft_wrap=True)
     return found
 
 
-def column(device: str, found: Found) -> dict[str, list[str]]:
+def column(device: str, judge: Callable[[Operation], rules.Verdict]) -> dict[str, list[str]]:
     """The device's column: class, reason and condition of every operation that it runs."""
     verdicts = {}
     for name, operation in operations().items():
         if device in operation.devices:
-            verdict = rules.verdict(operation, device, found)
-            verdicts[name] = [part for part in verdict if part is not None]
+            verdicts[name] = [part for part in judge(operation) if part is not None]
             for form in rules.missing_forms(operation, device):
                 verdicts[form] = ["uncovered", "this form is not replaced by the mode"]
-    return verdicts | {name: ["covered", rules.REPLACED] for name in rules.replaced(device) if name not in functional_of()}
+    for name in rules.replaced(device):  # composed operations too, and those that torch has for the other device only
+        verdicts.setdefault(functional_of().get(name, name), ["covered", rules.REPLACED])
+    return verdicts
+
+
+def recorded_before(table: dict[str, Any], device: str) -> Callable[[Operation], rules.Verdict]:
+    """The verdicts of a table, for a mode that replaces other operations now."""
+
+    def judge(operation: Operation) -> rules.Verdict:
+        if operation.name in rules.replaced(device):
+            return "covered", rules.REPLACED, None
+        kind, reason, *when = table["operations"][operation.name][device]
+        if reason == rules.REPLACED:
+            return "uncovered", "not tested", None
+        return kind, reason, when[0] if when else None
+
+    return judge
 
 
 def merge(table: dict[str, Any], device: str, recorded: str, verdicts: dict[str, list[str]]) -> dict[str, Any]:
@@ -159,13 +175,18 @@ def main() -> None:
     parser.add_argument("--device", choices=coverage.DEVICES, required=True)
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=coverage.FILE, help="the table to change; another file gets a copy")
+    parser.add_argument("--replaced", action="store_true", help="record nothing: note which operations the mode replaces now")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
     console = Console()
     start = time.monotonic()
     before = coverage.table()
-    verdicts = column(args.device, collect(args.device, args.workers, console))
-    after = merge(before, args.device, _describe(args.device), verdicts)
+    if args.replaced:
+        judge, recorded = recorded_before(before, args.device), before["recorded"][args.device]
+    else:
+        found = collect(args.device, args.workers, console)
+        judge, recorded = partial(rules.verdict, device=args.device, found=found), _describe(args.device)
+    after = merge(before, args.device, recorded, column(args.device, judge))
     args.out.write_text(dump(after))
     _summary(args.device, before, after, console)
     console.print(f"{args.out}, after {time.monotonic() - start:.0f} s")

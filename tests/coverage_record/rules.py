@@ -90,7 +90,7 @@ DECIDED = (
         "checks its arguments",
     ),
     Rule(
-        "_cudnn_rnn_flatten_weight _pin_memory _spdiags lu_unpack to_mkldnn copy_sparse_to_sparse _new_zeros*",
+        "_cudnn_rnn_flatten_weight _pin_memory _spdiags lu_unpack to_mkldnn copy_sparse_to_sparse _new_zeros* *conj_physical*",
         "exact",
         "moves values",
     ),
@@ -191,6 +191,8 @@ def _judge(operation: Operation, device: str, found: Evidence | None) -> tuple[K
     rule = decided(operation.name, device)
     if rule is not None:
         return rule.kind, rule.reason
+    if operation.overload.is_view:
+        return "exact", "a view"
     if found is None:
         return _untested(operation, device)
     if torch.Tag.nondeterministic_seeded in operation.overload.tags:
@@ -217,8 +219,6 @@ def _untested(operation: Operation, device: str) -> tuple[Kind, str]:
     schema = op._schema
     if torch.Tag.nondeterministic_seeded in op.tags:
         return "exact", "draws random numbers"
-    if op.is_view:
-        return "exact", "a view"
     if not any("Tensor" in str(value.type) for value in schema.returns):
         return "exact", "returns no tensor"
     if not any("Tensor" in str(argument.type) for argument in schema.arguments):
