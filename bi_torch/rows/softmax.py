@@ -199,7 +199,7 @@ def _classes(op: str, x: Tensor, target: Tensor, weight: Tensor | None, ignore_i
     ids = target.reshape(x.shape[0])
     ignored = ids == ignore_index
     ids = torch.where(ignored, 0, ids)
-    weights = torch.where(ignored, 0.0, 1.0)
+    weights = (~ignored).to(torch.float32)
     if weight is not None:
         check_tensor(op, "weight", weight, like=x)
         check_shape(op, "weight", weight, (x.shape[1],))
