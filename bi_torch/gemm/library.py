@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from bi_torch.gemm import cpu, cuda
 from bi_torch.stock import runs_stock
-from bi_torch.transforms import Function, in_transform, record
+from bi_torch.transforms import Function, in_transform, record, to_front
 from shared_specs import GemmContract, gemm_contract
 
 _SCHEMA = "(Tensor a, Tensor b, Tensor? bias, float alpha, float beta, ScalarType out_dtype)"
@@ -256,16 +256,15 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch
     a, b, bias, *rest = args
     rank = max(x.dim() - (dim is not None) for x, dim in zip((a, b), in_dims, strict=False))
 
-    def aligned(x: torch.Tensor | None, dim: int | None) -> torch.Tensor | None:
-        if x is None or dim is None:
+    def aligned(x: Any, dim: int | None) -> Any:
+        if dim is None:
             return x
         x = x.movedim(dim, 0)
         return x.reshape(x.shape[0], *(1,) * (rank - x.dim() + 1), *x.shape[1:])
 
-    a, b, bias = (aligned(x, dim) for x, dim in zip((a, b, bias), in_dims, strict=False))
     if in_dims[0] is None and in_dims[1] is None:  # only the bias has the batch
-        a = a.expand(info.batch_size, *(1,) * (rank - a.dim()), *a.shape)
-    return gemm(a, b, bias, *rest), 0
+        a, in_dims = to_front(a, None, info.batch_size), (0, *in_dims[1:])
+    return gemm(*(aligned(x, dim) for x, dim in zip((a, b, bias), in_dims, strict=False)), *rest), 0
 
 
 _KERNELS: dict[str, dict[str, Callable[..., Any]]] = {

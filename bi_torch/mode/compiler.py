@@ -15,7 +15,8 @@ When code is compiled anew
     The mode is a guard of every frame that Dynamo compiles once the mode was used: code for another state of it is not run, and
     is found again when that state returns. Graphs cached on disk have the state, and our sources, in their keys.
 
-Two functions of torch are wrapped, once, when the mode is first enabled; a process that never enables it has torch's own.
+Two functions of torch are wrapped, once, when the mode is first enabled and when something is first compiled under it; a
+process that never enables it has torch's own.
 """
 
 import sys
@@ -24,7 +25,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch._guards import GuardsContext, GuardSource, Source
+from torch._guards import Guard, GuardsContext, GuardSource, Source
 
 State = Any
 """What the mode is: None while it is off, and an object that compares equal and hashes by what was asked for while it is on."""
@@ -33,7 +34,7 @@ _installed = False
 
 
 def install(state: Callable[[], State]) -> None:
-    """Make the mode a guard and tell Inductor about it. Only the first call does anything.
+    """Make the mode a guard, and have Inductor heed it. Only the first call does anything.
 
     Args:
         state: the state of the mode; called whenever compiled code is entered, so it is to be fast.
@@ -42,10 +43,32 @@ def install(state: Callable[[], State]) -> None:
     if _installed:
         return
     _installed = True
-    _guard_frames(state)
-    _wrap_inductor(state)
+    initialize = GuardsContext.__init__
+
+    @wraps(initialize)
+    def with_mode(self: GuardsContext) -> None:
+        initialize(self)
+        self.dynamo_guards.add(_guard(state))
+        if state() is not None:
+            from bi_torch.mode import graph  # imports Inductor
+
+            graph.install(state)
+
+    GuardsContext.__init__ = with_mode  # type: ignore[method-assign]
     if "torch._dynamo.convert_frame" in sys.modules:
         torch._dynamo.reset()  # what was compiled until now has no such guard
+
+
+def _guard(state: Callable[[], State]) -> Guard:
+    """What holds while the mode is what it is now."""
+    compiled_for = state()
+
+    def batch_invariant_mode(builder: Any, guard: Guard) -> None:
+        code = [f"batch-invariant mode == {compiled_for}"]
+        guard.set_export_info("batch_invariant_mode", None, code, None)
+        builder.guard_manager.root.add_lambda_guard(lambda _: state() == compiled_for, code, guard.user_stack)
+
+    return Guard(_ModeSource(), batch_invariant_mode)
 
 
 class _ModeSource(Source):
@@ -62,36 +85,3 @@ class _ModeSource(Source):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _ModeSource)
-
-
-def _guard_frames(state: Callable[[], State]) -> None:
-    def batch_invariant_mode(builder: Any, guard: Any) -> None:
-        compiled_for = state()
-        code = [f"batch-invariant mode == {compiled_for}"]
-        guard.set_export_info("batch_invariant_mode", None, code, None)
-        builder.guard_manager.root.add_lambda_guard(lambda _: state() == compiled_for, code, guard.user_stack)
-
-    initialize = GuardsContext.__init__
-
-    @wraps(initialize)
-    def with_mode(self: GuardsContext) -> None:
-        initialize(self)
-        self.dynamo_guards.add(_ModeSource().make_guard(batch_invariant_mode))
-
-    GuardsContext.__init__ = with_mode  # type: ignore[method-assign]
-
-
-def _wrap_inductor(state: Callable[[], State]) -> None:
-    backend = torch._TorchCompileInductorWrapper
-    stock = backend.__call__
-
-    @wraps(stock)
-    def with_mode(self: Any, model: Any, inputs: Any) -> Any:
-        current = state()
-        if current is None:
-            return stock(self, model, inputs)
-        from bi_torch.mode import graph  # imports Inductor
-
-        return graph.compile_graph(model, inputs, self.config, current)
-
-    backend.__call__ = with_mode  # type: ignore[method-assign]

@@ -14,15 +14,16 @@ decomposed: only what becomes data movement.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import compile_fx as inductor
 from torch._inductor import config
-from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.lowering import fallback_handler, lowerings
@@ -49,13 +50,13 @@ _MOVES = _names(
 )
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "sqrt"})
 _SELECTIONS = _names(
-    """abs neg relu clamp_min clamp_max eq ne lt le gt ge isnan isinf logical_and logical_not logical_or
+    """abs neg relu eq ne lt le gt ge isnan isinf logical_and logical_not logical_or
     logical_xor floor ceil trunc"""
 )
 """Nothing is rounded: the result is one of the operands, its integer part, or a bool."""
 
 _DECOMPOSED = _names(
-    """_to_copy _unsafe_view add alias_copy arange argwhere block_diag channel_shuffle clamp conj_physical detach diag_embed
+    """_to_copy _unsafe_view add alias_copy arange argwhere block_diag channel_shuffle conj_physical detach diag_embed
     diagonal_backward diagonal_copy empty_like empty_permuted expand_copy eye fill flip full full_like index_copy index_fill
     index_select isfinite isneginf isposinf lift masked_fill narrow_copy native_channel_shuffle new_empty new_full new_ones
     new_zeros ones ones_like permute_copy pixel_shuffle pixel_unshuffle repeat_interleave roll rot90 rsub select_backward
@@ -98,21 +99,33 @@ _CONFIGURATION: dict[str, Any] = {
 }
 
 
-def compile_graph(model: Any, inputs: Sequence[Any], options: Mapping[str, Any], mode: Mode) -> Any:
-    """Compile a graph that was traced under the mode, with Inductor.
+_installed = False
 
-    Args:
-        model: the graph.
-        inputs: its example inputs.
-        options: Inductor's configuration, as the caller of torch.compile asked for it.
-        mode: how the mode is on.
-    """
-    with config.patch(dict(options)):
-        theirs = config.post_grad_custom_post_pass
-    patches = {**options, **_CONFIGURATION, "post_grad_custom_post_pass": _Generated(mode, theirs)}
-    with config.patch(patches):
-        table = {op: rule for op, rule in select_decomp_table().items() if _is_decomposed(op)}
-    return compile_fx(model, inputs, config_patches=patches, decompositions=table)
+
+def install(state: Callable[[], Mode | None]) -> None:
+    """Have Inductor compile every graph from now on for the state that the mode then has. Only the first call counts."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    stock = inductor.compile_fx
+
+    @wraps(stock)
+    def compile_fx(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        mode = state()
+        if mode is None or isinstance(config.post_grad_custom_post_pass, _Generated):  # inside a compilation, all is said
+            return stock(model, inputs, *args, **kwargs)
+        given = signature(stock).bind(model, inputs, *args, **kwargs).arguments
+        with config.patch(given.get("config_patches") or {}):
+            theirs = config.post_grad_custom_post_pass
+        patches = _CONFIGURATION | {"post_grad_custom_post_pass": _Generated(mode, theirs)}
+        given["config_patches"] = {**(given.get("config_patches") or {}), **patches}
+        with config.patch(given["config_patches"]):
+            rules = given.get("decompositions") or select_decomp_table()
+        given["decompositions"] = {op: rule for op, rule in rules.items() if _is_decomposed(op)}
+        return stock(**given)
+
+    inductor.compile_fx = compile_fx  # type: ignore[assignment]
 
 
 def _is_decomposed(op: Any) -> bool:
