@@ -184,8 +184,8 @@ class BatchInvariantOps:
             self._stats.clear()
 
     def _floating(self, x: Any) -> jax.Array:
-        x = jnp.asarray(x)
-        return x if x.dtype.name in FLOATS else x.astype(self.dtype)
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
+        return jnp.asarray(x, None if x.dtype.name in FLOATS else self.dtype)
 
     def _counted(self, name: str, result: jax.Array) -> jax.Array:
         with self._lock:
