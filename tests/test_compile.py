@@ -13,6 +13,7 @@ from torch._guards import GuardsContext
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch.utils.checkpoint import checkpoint
 
 from bi_torch.mode import (
     UncoveredOperationError,
@@ -171,6 +172,62 @@ def test_every_batch_size_after_the_first_has_the_same_rows_and_no_compilation(d
             assert_same(compiled(batch), expected[rows])
         assert counter.frame_count == 1
         assert_same(compiled(ids[4:5]), expected[4:5])
+
+
+@devices
+def test_a_backward_pass_after_the_mode_was_left_is_the_one_that_was_traced(device):
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)).to(device, torch.bfloat16)
+    x = torch.randn(3, 16, device=device, dtype=torch.bfloat16)
+
+    def gradients(model, backward):
+        model.zero_grad()
+        with set_batch_invariant_mode():
+            loss = model(x).float().square().sum()
+            if backward == "inside":
+                loss.backward()
+        if backward == "outside":
+            loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients(model, "inside")
+    actual, codes = run_and_get_code(gradients, torch.compile(model), "outside")
+    assert_all_same(actual, expected)
+    assert not OWN_KERNELS.findall("".join(codes))
+
+
+@devices
+def test_autocast_inference_mode_and_checkpointing(device):
+    model = Block().to(device)
+    ids = torch.randint(0, 50, (2, 5), device=device)
+
+    def forward(model):
+        with torch.autocast(device, torch.bfloat16):
+            return model(ids)
+
+    def checkpointed(ids):
+        return checkpoint(model, ids, use_reentrant=False)
+
+    with set_batch_invariant_mode():
+        compiled = torch.compile(model, backend="aot_eager")
+        assert_same(forward(compiled).detach(), forward(model).detach())
+        model.to(torch.bfloat16)
+        with torch.inference_mode():
+            assert_same(compiled(ids), model(ids))
+        expected = step(model, ids)
+        model.zero_grad()
+        y = torch.compile(checkpointed, backend="aot_eager")(ids)
+        F.nll_loss(y.flatten(0, 1), ids.flatten()).backward()
+        assert_all_same([y.detach(), *(p.grad for p in model.parameters())], [expected[0], *expected[2:]])
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_of_the_compiler():
+    model = Block().to("cuda", torch.bfloat16)
+    ids = torch.randint(0, 50, (3, 5), device="cuda")
+    with set_batch_invariant_mode(), torch.no_grad():
+        compiled = torch.compile(model, mode="reduce-overhead")
+        for batch in (ids, ids.flip(0), ids.flip(1), ids):  # warm-up, capture, replays
+            assert_same(compiled(batch).clone(), model(batch))
 
 
 # -------------------------------------------------------------------------------------------------------------- the guard
