@@ -28,20 +28,20 @@ from bi_jax.narrow import narrow
 from bi_jax.rows import primitive as rows
 from bi_jax.rows.cpu_arithmetic import CpuArithmetic
 from shared_specs.formats import FLOAT32, float_format
-from shared_specs.programs import pointwise
+from shared_specs.programs import arithmetic, pointwise
 from shared_specs.rows import RowProgram
 
 Binary = Callable[[jax.Array, jax.Array], jax.Array]
 
 OPERATIONS: dict[str, RowProgram] = {
-    "add": pointwise.ADD,
-    "add_any": pointwise.ADD,
+    "add": arithmetic.ADD,
+    "add_any": arithmetic.ADD,
     "div": pointwise.DIV,
-    "max": pointwise.MAXIMUM,
-    "min": pointwise.MINIMUM,
-    "mul": pointwise.MUL,
+    "max": arithmetic.MAXIMUM,
+    "min": arithmetic.MINIMUM,
+    "mul": arithmetic.MUL,
     "sqrt": pointwise.SQRT,
-    "sub": pointwise.SUB,
+    "sub": arithmetic.SUB,
 }
 """One IEEE operation each."""
 

@@ -1,4 +1,4 @@
-"""Arithmetic, activations and elementary functions, the gated MLP and the rotary embedding, and their gradients.
+"""Activations and elementary functions, the gated MLP and the rotary embedding, and their gradients.
 
 The gradient of a function of one input is a program of the input `x` and the cotangent `g`.
 """
@@ -12,10 +12,6 @@ NORMAL_DENSITY = float.fromhex("0x1.988454p-2")
 
 def _unary(name: str, formula: Formula) -> RowProgram:
     return RowProgram(name, elements=("x",), outputs={"y": formula})
-
-
-def _binary(name: str, formula: Formula) -> RowProgram:
-    return RowProgram(name, elements=("x1", "x2"), outputs={"y": formula})
 
 
 def _gradient(name: str, derivative: Formula) -> RowProgram:
@@ -57,13 +53,7 @@ def _gelu_tanh_slope(f, e):
     return f.mul(0.5, f.fma(f.mul(e.x, f.fma(f.neg(t), t, 1.0)), slope, f.add(1.0, t)))
 
 
-# One IEEE operation, rounded once to the dtype of the result.
-ADD = _binary("add", lambda f, e: f.add(e.x1, e.x2))
-SUB = _binary("sub", lambda f, e: f.sub(e.x1, e.x2))
-MUL = _binary("mul", lambda f, e: f.mul(e.x1, e.x2))
-DIV = _binary("div", lambda f, e: f.div(e.x1, e.x2))
-MAXIMUM = _binary("maximum", lambda f, e: f.max(e.x1, e.x2))
-MINIMUM = _binary("minimum", lambda f, e: f.min(e.x1, e.x2))
+DIV = RowProgram("div", elements=("x1", "x2"), outputs={"y": lambda f, e: f.div(e.x1, e.x2)})
 SQRT = _unary("sqrt", lambda f, e: f.sqrt(e.x))
 
 EXP = _unary("exp", lambda f, e: scalar.exp(f, e.x))
