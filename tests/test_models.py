@@ -18,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from benchmarks.model import LLAMA_1B
 from bi_torch import set_batch_invariant_mode
 from tests.arrays import assert_same, integers
 
@@ -33,13 +34,7 @@ SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, 
 SIZES = {
     "cpu": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96},
     "cuda": {**SMALL, "vocab_size": 4096},
-    "cuda llama": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "vocab_size": 128256,
-    },  # 1.2 billion parameters, as Llama-3.2-1B
+    "cuda llama": LLAMA_1B,
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -54,8 +49,8 @@ def model(name: str, device: str, dtype: torch.dtype = torch.bfloat16) -> PreTra
     if name == "gpt2":
         del size["intermediate_size"]
     else:
-        size["num_key_value_heads"] = size["num_attention_heads"] // 4 or 1
-        size["head_dim"] = size["hidden_size"] // size["num_attention_heads"]
+        size.setdefault("num_key_value_heads", size["num_attention_heads"] // 2)
+        size.setdefault("head_dim", size["hidden_size"] // size["num_attention_heads"])
     torch.manual_seed(0)
     with torch.device(device):
         return kind(config(**size, **IDS)).to(dtype).eval()
