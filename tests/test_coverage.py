@@ -200,17 +200,27 @@ class Overloads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_transformer_runs_nothing_that_the_table_does_not_know() -> None:
-    layer = torch.nn.TransformerEncoderLayer(16, 2, 16, dropout=0.1, batch_first=True, activation="gelu")
+def check_training_step(device: str) -> None:
+    """A training step of a transformer layer runs no operation that the table does not know, or that it calls uncovered."""
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 16, dropout=0.1, batch_first=True, activation="gelu", device=device)
     optimizer = torch.optim.AdamW(layer.parameters())
     with set_batch_invariant_mode(), Overloads() as overloads:
-        layer(torch.randn(2, 3, 16)).mean().backward()
+        layer(torch.randn(2, 3, 16, device=device)).mean().backward()
         torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
         optimizer.step()
-    entries = {op: coverage.lookup(op, "cpu") for op in overloads.seen}
+    entries = {op: coverage.lookup(op, device) for op in overloads.seen}
     assert len(entries) > 20
     assert {op for op, entry in entries.items() if entry is None} == set()
     assert {op for op, entry in entries.items() if entry and entry.kind == "uncovered" and entry.when is None} == set()
+
+
+def test_a_training_step_runs_nothing_that_the_table_does_not_know() -> None:
+    check_training_step("cpu")
+
+
+@pytest.mark.gpu
+def test_a_training_step_runs_nothing_that_the_table_does_not_know_on_a_gpu() -> None:
+    check_training_step("cuda")
 
 
 @pytest.mark.parametrize(("name", "op"), [("sigmoid", "sigmoid"), ("mm", "mm")])
