@@ -50,7 +50,7 @@ def gemm(
     Without a gradient to record, the autograd key is skipped: its kernel would do the same at twice the call overhead.
     A compiler traces the op itself, and so do the transforms of torch.func.
     """
-    if _differentiated(a, b, bias) or in_transform() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or in_transform() or _differentiated(a, b, bias):
         return _op(a, b, bias, alpha, beta, out_dtype)
     return _below_autograd(a, b, bias, alpha, beta, out_dtype)
 
