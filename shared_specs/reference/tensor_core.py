@@ -39,18 +39,18 @@ def dot(a: np.ndarray, b: np.ndarray, acc: np.ndarray, operand: FloatFormat, ari
     if a.shape[-1] != arithmetic.k or b.shape[-2] != arithmetic.k:
         raise ValueError(f"dot takes {arithmetic.k} products, got {a.shape} x {b.shape}")
     with np.errstate(all="ignore"):
-        products = a[..., :, :, None].astype(np.float64) * b[..., None, :, :].astype(np.float64)
-        terms = np.concatenate([products, acc[..., :, None, :].astype(np.float64)], axis=-2)
         exponents = _exponent(a, operand)[..., :, :, None] + _exponent(b, operand)[..., None, :, :]
         largest = np.maximum(exponents.max(axis=-2), np.maximum(_exponent(acc, FLOAT32), arithmetic.min_exponent))
-
-        finite = np.isfinite(terms)
         to_fixed_point = np.ldexp(1.0, arithmetic.fraction_bits - largest)
-        aligned = np.trunc(np.where(finite, terms, 0.0) * to_fixed_point[..., :, None, :])
-        total = _truncate_to_float32(aligned.sum(axis=-2) / to_fixed_point)
 
-        special = np.where(finite, 0.0, terms).sum(axis=-2).astype(np.float32)
-        total = np.where(finite.all(axis=-2), total, special)
+        products = a[..., :, :, None].astype(np.float64) * b[..., None, :, :]
+        special = None if all(np.isfinite(x).all() for x in (a, b, acc)) else products.sum(axis=-2) + acc
+        products *= to_fixed_point[..., :, None, :]
+        aligned = np.trunc(products, out=products).sum(axis=-2) + np.trunc(acc * to_fixed_point)
+        total = _truncate_to_float32(aligned / to_fixed_point)
+        if special is None:
+            return total
+        total = np.where(np.isfinite(special), total, special.astype(np.float32))
         return np.where(np.isnan(total), FLOAT32_NAN.view(np.float32), total)
 
 
