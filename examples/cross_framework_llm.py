@@ -31,7 +31,7 @@ from rich.console import Console
 
 import bi_jax
 import bi_torch
-from bi_bridge import to_torch, tree_to_torch
+from bi_bridge import to_torch
 from examples.llm import jax_model, jax_stock, torch_model, torch_stock
 from examples.llm.config import Config, Training
 from examples.llm.text import corpus, excerpts
@@ -101,16 +101,16 @@ def rounds(size: Size, in_jax: ModuleType, in_torch: ModuleType, seed: int = 0) 
     config, text = size.config, corpus()
     train_step = jax.jit(functools.partial(jax_model.train_step, config=config, training=size.training, ops=in_jax))
     trainer = jax.jit(functools.partial(jax_model.log_probabilities, config=config, start=size.prompt, ops=in_jax))
-    params = {name: jnp.asarray(x) for name, x in config.initial(seed).items()}
-    state = {name: jax.tree.map(jnp.zeros_like, params) for name in size.training.state()}
+    params = jnp.asarray(config.initial(seed))
+    state = {name: jnp.zeros_like(params) for name in size.training.state()}
     generator, batches = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     for step in range(1, size.steps + 1):
         tokens = excerpts(text, size.batch, size.length + 1, generator)
         params, state, loss = train_step(params, state, jnp.int32(step), jnp.asarray(tokens))
         if step % size.every:
             continue
-        shared = tree_to_torch(params)  # the trainer's own memory
-        device = shared["norm"].device
+        shared = to_torch(params)  # the trainer's own memory
+        device = shared.device
         prompts = torch.from_numpy(excerpts(text, size.sequences, size.prompt, generator)).to(device)
         uniforms = torch.from_numpy(generator.random((size.sequences, size.sampled))).to(device)
         sampled, by_sampler, sizes = torch_model.generate(shared, config, prompts, uniforms, batches, in_torch)

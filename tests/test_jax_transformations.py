@@ -14,13 +14,9 @@ import pytest
 from jax.sharding import AxisType
 
 import bi_jax
-from bi_jax.gemm import cpu as gemm_cpu
-from bi_jax.rows import cpu as rows_cpu
-from shared_specs.formats import float_format
-from shared_specs.reference import gemm as gemm_reference
-from shared_specs.reference import rows as rows_reference
 from tests.arrays import draw
 from tests.calls import CALLS
+from tests.model_engines import model_engines, patterns
 from tests.row_calls import ROW_CALLS, RowCall
 from tests.sharding import sharded
 from tests.test_frameworks_rows import call_in, to_jax
@@ -51,60 +47,10 @@ def test_every_op_is_here():
     assert OPS.keys() == {name for name in bi_jax.__all__ if name.islower()} - others
 
 
-# ------------------------------------------------------------------------------------------------------------- the model
-
-
-def numbers(x):
-    """The values of an array, float32 where its dtype is narrower."""
-    x = np.asarray(x)
-    return x if x.dtype in (np.int32, np.float32) else float_format(x.dtype.name).decode(x.view(np.uint16))
-
-
-def row_model(run, program, inputs, scalars, dtypes, **_):
-    names = (*program.sums,) if run is rows_reference.run_columns else (*program.outputs, *program.row_outputs)
-    rows, n = inputs[program.elements[0]].shape
-    shapes = dict.fromkeys(names, (n,))
-    if run is rows_reference.run_rows:
-        shapes = {name: (rows, n) if name in program.outputs else (rows,) for name in names}
-    types = {name: jax.ShapeDtypeStruct(shapes[name], dtypes.get(name, jnp.float32)) for name in names}
-
-    def on_the_host(inputs, scalars):
-        outputs = run(program, {k: numbers(x) for k, x in inputs.items()}, {k: numbers(x) for k, x in scalars.items()})
-        return {k: stored(outputs[k].reshape(t.shape), t.dtype) for k, t in types.items()}
-
-    return jax.pure_callback(on_the_host, types, dict(inputs), dict(scalars))
-
-
-def gemm_model(a, b, bias, *, alpha, beta, contract, out_dtype):
-    out = jax.ShapeDtypeStruct((a.shape[0], a.shape[1], b.shape[2]), out_dtype)
-
-    def on_the_host(a, b, bias):
-        options = {"alpha": alpha, "beta": beta, "out_format": float_format(out.dtype.name)}
-        if bias is not None:
-            options |= {"bias_bits": patterns(bias), "bias_format": float_format(bias.dtype.name)}
-        return gemm_reference(patterns(a), patterns(b), contract, **options).view(out.dtype)
-
-    return jax.pure_callback(on_the_host, out, a, b, bias)
-
-
-def stored(values, dtype):
-    return float_format(dtype.name).encode(values).view(dtype)
-
-
-def patterns(x):
-    x = np.ascontiguousarray(x)
-    return x.view(float_format(x.dtype.name).storage)
-
-
 @pytest.fixture(scope="module")
 def by_the_model():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_cpu, "run_rows", functools.partial(row_model, rows_reference.run_rows))
-        patch.setattr(rows_cpu, "run_columns", functools.partial(row_model, rows_reference.run_columns))
-        patch.setattr(gemm_cpu, "gemm", gemm_model)
-        jax.clear_caches()
+    with model_engines():
         yield
-    jax.clear_caches()
 
 
 # ----------------------------------------------------------------------------------------------------------------- calls

@@ -1,7 +1,9 @@
 """What both models share: sizes, names and shapes of the parameters, their first values, and how they are trained."""
 
+import itertools
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -56,10 +58,18 @@ class Config:
 
     def parameters(self) -> int:
         """How many there are."""
-        return sum(int(np.prod(shape)) for shape in self.shapes().values())
+        return sum(math.prod(shape) for shape in self.shapes().values())
 
-    def initial(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """float32 values to begin with, by name in the order of the names."""
+    def views(self, vector: Any) -> dict[str, Any]:
+        """The parameters by name, as parts of the vector of all: an array of NumPy, PyTorch or JAX."""
+        ends = itertools.accumulate(math.prod(shape) for shape in self.shapes().values())
+        return {
+            name: vector[end - math.prod(shape) : end].reshape(shape)
+            for (name, shape), end in zip(self.shapes().items(), ends, strict=True)
+        }
+
+    def initial(self, seed: int = 0) -> np.ndarray:
+        """The vector of all parameters to begin with, float32."""
         generator = np.random.default_rng(seed)
 
         def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -68,12 +78,12 @@ class Config:
             residual = (2 * self.layers) ** -0.5 if name in ("down", "out") else 1.0
             return np.float32(residual * shape[-1] ** -0.5) * generator.standard_normal(shape, np.float32)
 
-        return {name: draw(name, shape) for name, shape in self.shapes().items()}
+        return np.concatenate([draw(name, shape).ravel() for name, shape in self.shapes().items()])
 
 
 @dataclass(frozen=True)
 class Training:
-    """How the parameters are updated.
+    """How the parameters, as one vector, are updated.
 
     Attributes:
         optimizer: AdamW, or SGD with momentum.
@@ -90,5 +100,5 @@ class Training:
     weight_decay: float = 0.01
 
     def state(self) -> tuple[str, ...]:
-        """Names of the float32 trees, zeros at first, that the optimizer keeps."""
+        """Names of the vectors, zeros at first, that the optimizer keeps."""
         return ("m", "v") if self.optimizer == "adamw" else ("buffer",)

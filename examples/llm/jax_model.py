@@ -4,6 +4,7 @@
 """
 
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +52,9 @@ def attention(qkv: jax.Array, tables: tuple[jax.Array, jax.Array], config: Confi
     return y.swapaxes(1, 2).reshape(batch, length, -1)
 
 
-def log_probabilities(params: Params, config: Config, tokens: jax.Array, start: int, ops: ModuleType = bi_jax) -> jax.Array:
+def log_probabilities(vector: jax.Array, config: Config, tokens: jax.Array, start: int, ops: ModuleType = bi_jax) -> jax.Array:
     """Log-probabilities [B, T - start, vocab] of each token from position `start` on, given those before it."""
-    logits = forward(cast(params, config), config, tokens, ops)
+    logits = forward(cast(config.views(vector), config), config, tokens, ops)
     return ops.log_softmax(logits[:, start - 1 : -1], -1)
 
 
@@ -64,21 +65,22 @@ def loss(params: Params, config: Config, tokens: jax.Array, ops: ModuleType = bi
 
 
 def train_step(
-    params: Params,
-    state: dict[str, Params],
+    vector: jax.Array,
+    state: Params,
     step: jax.Array,
     tokens: jax.Array,
     config: Config,
     training: Training,
     ops: ModuleType = bi_jax,
-) -> tuple[Params, dict[str, Params], jax.Array]:
-    """New parameters, the optimizer's new state, and the loss before; `step` counts from 1."""
-    value, grads = jax.value_and_grad(loss)(params, config, tokens, ops)
-    grads, _ = bi_jax.clip_by_global_norm(grads, training.clip)
-    decay = training.weight_decay
+) -> tuple[jax.Array, Params, jax.Array]:
+    """The new vector of all parameters, the optimizer's new state, and the loss before; `step` counts from 1."""
+    value, gradients = jax.value_and_grad(loss)(config.views(vector), config, tokens, ops)
+    gradient = jnp.concatenate([gradients[name].reshape(-1) for name in config.shapes()])
+    (gradient,), _ = bi_jax.clip_by_global_norm([gradient], training.clip)
+    options: dict[str, Any] = {"lr": training.lr, "weight_decay": training.weight_decay}
     if training.optimizer == "adamw":
-        new, m, v = bi_jax.adamw(params, grads, state["m"], state["v"], step, lr=training.lr, weight_decay=decay)
+        new, m, v = bi_jax.adamw(vector, gradient, state["m"], state["v"], step, **options)
         return new, {"m": m, "v": v}, value
-    momentum = training.momentum
-    new, buffer = bi_jax.sgd(params, grads, state["buffer"], lr=training.lr, momentum=momentum, weight_decay=decay)
+    new, buffer = bi_jax.sgd(vector, gradient, state["buffer"], momentum=training.momentum, **options)
+    assert buffer is not None
     return new, {"buffer": buffer}, value

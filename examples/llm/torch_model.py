@@ -4,6 +4,7 @@
 """
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,45 +84,37 @@ def loss(params: Params, config: Config, tokens: Tensor, ops: ModuleType = bi_to
 
 
 def train_step(
-    params: Params,
-    state: dict[str, Params],
+    vector: Tensor,
+    state: Params,
     step: int,
     tokens: Tensor,
     config: Config,
     training: Training,
     ops: ModuleType = bi_torch,
-) -> tuple[Params, dict[str, Params], Tensor]:
-    """New parameters, the optimizer's new state, and the loss before; `step` counts from 1."""
-    leaves = {name: x.detach().requires_grad_() for name, x in params.items()}
-    value = loss(leaves, config, tokens, ops)
-    gradients = torch.autograd.grad(value, [leaves[name] for name in sorted(leaves)])
-    clipped, _ = bi_torch.clip_by_global_norm(gradients, training.clip)
-    grads = dict(zip(sorted(leaves), clipped, strict=True))
-    decay = training.weight_decay
-    new: Params = {}
-    after: dict[str, Params] = {name: {} for name in training.state()}
-    for name, p in params.items():
-        if training.optimizer == "adamw":
-            m, v = state["m"][name], state["v"][name]
-            new[name], after["m"][name], after["v"][name] = bi_torch.adamw(
-                p, grads[name], m, v, step, lr=training.lr, weight_decay=decay
-            )
-        else:
-            buffer, momentum = state["buffer"][name], training.momentum
-            new[name], moved = bi_torch.sgd(p, grads[name], buffer, lr=training.lr, momentum=momentum, weight_decay=decay)
-            assert moved is not None
-            after["buffer"][name] = moved
-    return new, after, value.detach()
+) -> tuple[Tensor, Params, Tensor]:
+    """The new vector of all parameters, the optimizer's new state, and the loss before; `step` counts from 1."""
+    params = {name: x.detach().requires_grad_() for name, x in config.views(vector).items()}
+    value = loss(params, config, tokens, ops)
+    gradients = torch.autograd.grad(value, list(params.values()))
+    gradient = torch.cat([x.reshape(-1) for x in gradients])
+    (gradient,), _ = bi_torch.clip_by_global_norm([gradient], training.clip)
+    options: dict[str, Any] = {"lr": training.lr, "weight_decay": training.weight_decay}
+    if training.optimizer == "adamw":
+        new, m, v = bi_torch.adamw(vector, gradient, state["m"], state["v"], step, **options)
+        return new, {"m": m, "v": v}, value.detach()
+    new, buffer = bi_torch.sgd(vector, gradient, state["buffer"], momentum=training.momentum, **options)
+    assert buffer is not None
+    return new, {"buffer": buffer}, value.detach()
 
 
 @torch.no_grad()
 def generate(
-    params: Params, config: Config, prompts: Tensor, uniforms: Tensor, batches: torch.Generator, ops: ModuleType = bi_torch
+    vector: Tensor, config: Config, prompts: Tensor, uniforms: Tensor, batches: torch.Generator, ops: ModuleType = bi_torch
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Sample a continuation of each prompt, in batches that are drawn anew for every token.
 
     Args:
-        params: float32 parameters.
+        vector: of all parameters, float32.
         config: sizes.
         prompts: tokens [N, P].
         uniforms: numbers in [0, 1), float64 [N, T]: what each sampled token depends on, besides its probabilities.
@@ -131,7 +124,7 @@ def generate(
     Returns:
         The tokens [N, P + T]; the log-probabilities [N, T, vocab] that the last T were sampled from; the sizes of all batches.
     """
-    weights = cast(params, config)
+    weights = cast(config.views(vector), config)
     (sequences, first), count = prompts.shape, uniforms.shape[1]
     tokens = torch.cat([prompts, prompts.new_zeros(sequences, count)], 1)
     cache = Cache(config, sequences, first + count, prompts.device)
