@@ -19,6 +19,7 @@ from shared_specs.attention import attention_layout
 from shared_specs.formats import FORMATS
 from shared_specs.reference.attention import attention, attention_gradients
 from tests.arrays import NAMES, assert_same, draw, to_bits, to_torch
+from tests.model_engines import model_engines
 
 attend = bi_torch.scaled_dot_product_attention
 NAN = math.nan
@@ -300,6 +301,38 @@ def test_what_was_seen_of_a_mask_is_kept_while_it_lives():
     assert len(seen) == 1
 
 
+@pytest.mark.gpu
+def test_a_wait_for_the_gpu_once_a_mask():
+    query, key, value = (x.cuda() for x in operands())
+    padded, step = left_padded().cuda(), some(B, 1, 1, LK).cuda()
+    expected = attend(query, key, value, padded, enable_gqa=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert_same(attend(query, key, value, padded[:], enable_gqa=True), expected)
+        attend(query, key, value, is_causal=True, enable_gqa=True)
+        attend(query, key, value, step, enable_gqa=True)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            attend(query, key, value, padded.clone(), enable_gqa=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_cuda_graph(monkeypatch):
+    """Replayed with other operands and another mask, of another kind."""
+    tensors = [x.cuda() for x in (*operands(), left_padded().clone())]
+    with path(monkeypatch, "capture"):
+        attend(*tensors, enable_gqa=True)  # compiles kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(*tensors, enable_gqa=True)
+    for mask in (left_padded(), some(B, 1, LQ, LK)):
+        for x, new in zip(tensors, (*operands(kind="wide"), mask), strict=True):
+            x.copy_(new)
+        graph.replay()
+        assert_same(out, attend(*(x.clone() for x in tensors), enable_gqa=True))
+
+
 def test_registered_op():
     query, key, value = (x.requires_grad_() for x in operands())
     mask = draw(LQ, LK).requires_grad_()
@@ -354,7 +387,14 @@ def in_torch(x):
     return to_torch(np.asarray(x).view(fmt.storage), fmt)
 
 
-def test_jax_with_a_mask_that_is_known_at_run_time():
+@pytest.fixture(scope="module")
+def engines():
+    """The reference model in the place of JAX's engines: their tests are elsewhere, and XLA takes long to compile them."""
+    with model_engines():
+        yield
+
+
+def check_jax_with_masks(dtype):
     """One compiled function for all masks, with gradients: padding on either side, and an order for every row."""
 
     @jax.jit
@@ -362,7 +402,7 @@ def test_jax_with_a_mask_that_is_known_at_run_time():
         y, pull = jax.vjp(lambda *x: bi_jax.scaled_dot_product_attention(*x, enable_gqa=True), *tensors, mask)
         return y, *pull(g)
 
-    g, tensors = draw(B, HEADS, LQ, EV, seed=7), operands()
+    g, tensors = draw(B, HEADS, LQ, EV, dtype=dtype, seed=7), operands(dtype)
     for admitted in (left_padded(), some(B, 1, LQ, LK), some(B, 1, LQ, LK, share=0.05), causal().expand(B, 1, LQ, LK)):
         mask = added(admitted, "float32")
         inputs = [x.clone().requires_grad_() for x in (*tensors, mask)]
@@ -372,10 +412,23 @@ def test_jax_with_a_mask_that_is_known_at_run_time():
             assert_same(in_torch(actual), expected)
 
 
-@pytest.mark.parametrize("name", ["causal", "keys"])
+@pytest.mark.usefixtures("engines")
+def test_jax_with_a_mask_that_is_known_at_run_time():
+    check_jax_with_masks("bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_jax_on_a_gpu(dtype):
+    assert jax.default_backend() == "gpu"
+    check_jax_with_masks(dtype)
+
+
+@pytest.mark.usefixtures("engines")
+@pytest.mark.parametrize("name", ["none", "causal", "keys"])
 def test_jax_with_keys_that_are_known_before(name, monkeypatch):
     monkeypatch.setattr(bi_jax.attention.op, "CHUNK", 40 * LK)
-    monkeypatch.setattr(bi_jax.attention.op, "CAUSAL_BLOCK", 3)
+    monkeypatch.setattr(bi_jax.attention.op, "CAUSAL_BLOCK", 2)
     mask, tensors = MASKS[name]("bfloat16"), operands()
     options = {"is_causal": name == "causal", "enable_gqa": True}
     actual = jax.jit(lambda mask, *x: bi_jax.scaled_dot_product_attention(*x, mask, **options))(

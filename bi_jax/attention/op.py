@@ -67,12 +67,12 @@ class _Row(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Of one entry: [G, Lq, E], [Lk, E], [Lk, Ev], and of its scores [G, Lq, Lk]."""
+    """Of one entry: [G, Lq, E], [Lk, E], [Lk, Ev], and of its scores [G, Lq, Lk] if the mask needs them."""
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
-    scores: jax.Array
+    scores: jax.Array | None
 
 
 class _Call:
@@ -99,9 +99,14 @@ class _Call:
         """`one` of every query of an entry."""
         assert self.mask is not None
         assert entry.lengths is not None
-        admitted, bias = (None if x is None else self._by_query(x[entry.owner]) for x in self.mask[:2])
-        query, g, lengths = (None if x is None else jnp.moveaxis(x, 1, 0) for x in (entry.query, entry.g, entry.lengths))
-        return _over(one, _Row(query, g, lengths, admitted, bias), self.row_cost)
+        rows = _Row(
+            query=jnp.moveaxis(entry.query, 1, 0),
+            g=None if entry.g is None else jnp.moveaxis(entry.g, 1, 0),
+            lengths=jnp.moveaxis(entry.lengths, 1, 0),
+            admitted=self._by_query(self.mask.admitted[entry.owner]),
+            bias=None if self.mask.bias is None else self._by_query(self.mask.bias[entry.owner]),
+        )
+        return _over(one, rows, self.row_cost)
 
     @property
     def row_cost(self) -> int:
@@ -234,13 +239,14 @@ def _gradient(s: SimpleNamespace, g: SimpleNamespace, is_causal: bool, scale: fl
         return {name: jnp.zeros_like(x) for name, x in operands.items() if x is not None}
     call = _Call(SimpleNamespace(**operands), g.y.astype(s.query.dtype), is_causal, scale, enable_gqa)
     layout = call.layout
-    of = call.over_entries(lambda entry, by_row: (_row_gradients if by_row else _entry_gradients)(call, entry))
+    of_mask = "attn_mask" in s.needs
+    of = call.over_entries(lambda entry, by_row: (_row_gradients if by_row else _entry_gradients)(call, entry, of_mask))
     gradients = {
         "query": join(of.query, layout, layout.query, s.query.shape),
         "key": join(of.key[:, None], layout, layout.key, s.key.shape),
         "value": join(of.value[:, None], layout, layout.value, s.value.shape),
     }
-    if "attn_mask" in s.needs:
+    if of_mask:
         assert layout.mask is not None
         ds = join(of.scores, layout, layout.batch, (*layout.batch, layout.queries, layout.keys))
         dims = [i for i, (own, n) in enumerate(zip(layout.mask, ds.shape, strict=True)) if own != n]
@@ -249,7 +255,7 @@ def _gradient(s: SimpleNamespace, g: SimpleNamespace, is_causal: bool, scale: fl
     return gradients
 
 
-def _entry_gradients(call: _Call, entry: _Entry) -> _Gradients:
+def _entry_gradients(call: _Call, entry: _Entry, of_mask: bool) -> _Gradients:
     assert entry.g is not None
     key, value, bias = call.in_order(entry)
     query, g = (x.reshape(-1, x.shape[-1]) for x in (entry.query, entry.g))
@@ -261,14 +267,15 @@ def _entry_gradients(call: _Call, entry: _Entry) -> _Gradients:
     if entry.order is not None:
         back = jnp.argsort(entry.order)
         dkey, dvalue, ds = dkey[back], dvalue[back], ds[:, back]
-    return _Gradients(dquery, dkey, dvalue, ds.reshape(*entry.query.shape[:2], -1))
+    return _Gradients(dquery, dkey, dvalue, ds.reshape(*entry.query.shape[:2], -1) if of_mask else None)
 
 
-def _row_gradients(call: _Call, entry: _Entry) -> _Gradients:
+def _row_gradients(call: _Call, entry: _Entry, of_mask: bool) -> _Gradients:
     assert entry.g is not None
     assert entry.lengths is not None
 
     def rows(row: _Row) -> tuple[jax.Array, jax.Array, jax.Array]:
+        assert row.g is not None
         order = row_order(row.admitted)
         weights = _row_weights(call, entry, row, order)
         dweights = _in_order(_scores(row.g, entry.value, 1.0, None), order)
@@ -278,9 +285,9 @@ def _row_gradients(call: _Call, entry: _Entry) -> _Gradients:
 
     dquery, weights, ds = (jnp.moveaxis(x, 0, 1) for x in call.over_rows(rows, entry))
     query, g = (x.reshape(-1, x.shape[-1]) for x in (entry.query, entry.g))
-    flat = [x.reshape(len(query), -1) for x in (weights, ds)]
-    dkey, dvalue = _of_keys(call, *flat, query, g, entry.lengths.reshape(-1))
-    return _Gradients(dquery, dkey, dvalue, ds)
+    flat = (len(query), call.layout.keys)
+    dkey, dvalue = _of_keys(call, weights.reshape(flat), ds.reshape(flat), query, g, entry.lengths.reshape(-1))
+    return _Gradients(dquery, dkey, dvalue, ds if of_mask else None)
 
 
 def _of_keys(

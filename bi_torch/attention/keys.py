@@ -4,8 +4,9 @@ Where every row of a batch entry admits the first keys of one common order, the 
 told by a length: so it is without a mask, with a causal one, with a mask that is the same for all queries, and for the masks
 of padded batches. Other masks (a window, say) need an order for every row.
 
-Telling the two apart takes a look at the mask's data: a wait for the GPU. What was seen is kept as long as the mask lives, so
-that the layers of a model wait once; while a CUDA graph is captured nothing can be seen, and every row gets an order.
+Where queries have masks of their own, telling the two apart takes a look at the data: a wait for the GPU. What was seen is
+kept as long as the mask lives, so that the layers of a model wait once; while a CUDA graph is captured nothing can be seen,
+and every row gets an order.
 """
 
 import math
@@ -84,11 +85,11 @@ def find_keys(admitted: Tensor, look: Callable[[Tensor], list[bool]] | None) -> 
     """The keys of rows that admit [entries, groups, Lq, Lk]; `look` reads a tensor's data, None if that cannot be done."""
     lengths = admitted.sum(-1, dtype=torch.int32)
     rows = admitted.flatten(1, 2)
-    if rows.shape[1] > 1 and look is None:
+    if rows.shape[1] == 1:
+        return Keys(lengths, row_order(rows[:, 0]))
+    if look is None:
         return Keys(lengths, by_row=True)
     order = row_order(rows.any(1))
-    if look is None:
-        return Keys(lengths, order)
     place = torch.arange(rows.shape[-1], device=rows.device)
     first = place < lengths.flatten(1, 2)[..., None]
     together = (rows.gather(-1, order[:, None].expand(rows.shape)) == first).all()
@@ -100,7 +101,7 @@ def find_keys(admitted: Tensor, look: Callable[[Tensor], list[bool]] | None) -> 
 
 def row_order(admitted: Tensor) -> Tensor:
     """Positions [*, Lk] of the keys that are admitted, in their order, then of the others."""
-    return torch.sort(admitted.logical_not(), dim=-1, stable=True).indices
+    return torch.sort(admitted.logical_not().to(torch.uint8), dim=-1, stable=True).indices
 
 
 class Seen:
