@@ -20,9 +20,9 @@ Gradients, with g the cotangent of a row:
     dq   = scale * sum over r of ds_r * k_r     as y: the row's bits, whatever else is in the batch
     dv_j = sum over rows of p * g,  dk_j = scale * sum over rows of ds * q
 
-The last two sum over all rows that share the key, in the order of heads and queries, with zeros from those that do not
-admit it; so they depend on the batch by nature, in these bits alone: which rows share the key, and in which order. The
-gradient of a float mask is ds, summed by `RowContract` where the mask was broadcast; so is that of an operand whose batch
+The last two sum over all rows that share the key, in the order of heads and queries, with the weight 0 for those that do not
+admit it, and zeros in the place of rows that admit nothing. So they depend on which rows share the key, by nature, and rows
+before a sequence move their bits, as leading padding does; rows behind it do not. The gradient of a float mask is ds, summed by `RowContract` where the mask was broadcast; so is that of an operand whose batch
 dimension was, but for keys and values that are shared by heads (`enable_gqa`) or by a whole batch dimension.
 """
 
