@@ -118,7 +118,7 @@ CHAINS = {
     "selections": lambda x, y: torch.where(x > 0.1, x.clamp(-0.3, 0.1), y.floor() + (x * 7).trunc() - y.ceil()),
     "conversions": lambda x, y: (x.bfloat16().float() + y.half().float(), (x * 1.7).bfloat16(), (x.double() * y).to(x.dtype)),
     "functions": lambda x, y: torch.exp(x * y) + torch.atan(x) * torch.sigmoid(y) + F.softplus(x) + x.abs().pow(1.5),
-    "powers": lambda x, y: x**2 + y.square() + x.pow(3),
+    "powers": lambda x, y: (x**2 + y.square() + x.pow(3) + x**1, (x > y).long() ** 2.0),
     "fused": lambda x, y: torch.addcmul(x, x, y, value=0.3) + torch.lerp(x, y, 0.3) + F.leaky_relu(x, 0.1) + x.reciprocal(),
     "moves": lambda x, y: (
         F.pad(torch.cat([x * 1.1, y + 2]), (1, 2)).flip(0) + torch.full((145,), 0.1, dtype=x.dtype, device=x.device)

@@ -50,8 +50,7 @@ _MOVES = _names(
 )
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "sqrt"})
 _SELECTIONS = _names(
-    """abs neg relu eq ne lt le gt ge isnan isinf logical_and logical_not logical_or
-    logical_xor floor ceil trunc"""
+    "abs neg relu eq ne lt le gt ge isnan isinf logical_and logical_not logical_or logical_xor floor ceil trunc"
 )
 """Nothing is rounded: the result is one of the operands, its integer part, or a bool."""
 
@@ -70,17 +69,10 @@ _REDUCING = frozenset({"associative_scan", "flex_attention", "flex_attention_bac
 """Higher-order operators for which Inductor generates products and sums of its own."""
 
 _HALF = frozenset({torch.bfloat16, torch.float16})
-_KNOWN = _HALF | {
-    torch.float32,
-    torch.float64,
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-}
+_INTEGERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+_KNOWN = _HALF | _INTEGERS | {torch.float32, torch.float64}
 
+# This goes before what the caller of torch.compile asks for.
 _CONFIGURATION: dict[str, Any] = {
     # Results in 16 bits are rounded after every operation, and Triton contracts nothing.
     "emulate_precision_casts": True,
@@ -156,7 +148,7 @@ class _Generated(CustomGraphPass):
             if isinstance(node.target, HigherOrderOperator) and node.target.name() in _REDUCING:
                 report(node.target.name(), "the compiler generates its products and sums", self._mode.on_uncovered)
             if node.target is torch.ops.aten.pow.Tensor_Scalar and node.args[1] in (1, 2):
-                node = _as_product(node)
+                node = _as_product(node) or node
             if isinstance(node.target, OpOverload) and node.target.namespace in ("aten", "prims"):
                 _decide(node, _name(node.target))
 
@@ -194,7 +186,7 @@ def _is_generated(node: Node, name: str, operands: Sequence[Tensor], dtypes: set
     floats = {dtype for dtype in dtypes if dtype.is_floating_point}
     if floats & _HALF and "cuda" not in devices and (len(floats) > 1 or name not in _MOVES):
         return False  # the C++ backend keeps in 32 bits what is to be rounded to 16
-    if name in _MOVES:
+    if name in _MOVES or node.target.is_view:  # type: ignore[union-attr]
         return not _accumulates(node)
     if not dtypes <= _KNOWN:
         return False
@@ -228,9 +220,11 @@ def _fit(scalars: Sequence[float], dtypes: set[torch.dtype]) -> bool:
     return all(torch.tensor(x).to(dtype).item() == x for x in scalars for dtype in dtypes & _HALF)
 
 
-def _as_product(node: Node) -> Node:
-    """x ** 2 and x ** 1, which is what the gradient of a square has, as eager computes them."""
+def _as_product(node: Node) -> Node | None:
+    """x ** 2 and x ** 1, which is what the gradient of a square has, as eager computes them; None for integers ** 2.0."""
     x, exponent = node.args
+    if x.meta["val"].dtype != node.meta["val"].dtype:  # type: ignore[union-attr]
+        return None
     new = _before(node, torch.ops.aten.mul.Tensor, x, x) if exponent == 2 else _before(node, torch.ops.aten.clone.default, x)
     _replace(node, new)
     return new
