@@ -21,7 +21,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle, interpreter_semantic
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle, interpreter_semantic
 
 from shared_specs import BFLOAT16, FLOAT16, FLOAT32, HOPPER_DOT
 from shared_specs.formats import FLOAT32_NAN
@@ -68,7 +68,9 @@ def gpu_arithmetic() -> Iterator[None]:
     }
     index = mock.patch.object(interpreter, "_patch_lang_tensor", _patch_index(interpreter._patch_lang_tensor))
     reduction = mock.patch.object(ReduceOps, "apply_impl", _reduce)
-    with mock.patch.multiple(InterpreterBuilder, **patches), index, reduction, np.errstate(all="ignore"):
+    # The launch patches the language; every call of a device function would patch it again, which takes as long as the rest.
+    call = mock.patch.object(InterpretedFunction, "__call__", lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs))
+    with mock.patch.multiple(InterpreterBuilder, **patches), index, reduction, call, np.errstate(all="ignore"):
         yield
 
 
