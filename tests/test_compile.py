@@ -373,4 +373,4 @@ def test_the_lists_agree_with_the_table(device):
         if name.partition(".")[0] in listed and e.when is None and "reduce" not in name
     }
     assert len(entries) > 50
-    assert not {name for name, entry in entries.items() if entry.kind == "uncovered"}
+    assert not {name for name, e in entries.items() if e.kind == "uncovered" and "not tested" not in e.reason}
