@@ -20,9 +20,10 @@ Gradients, with g the cotangent of a row:
     dq   = scale * sum over r of ds_r * k_r     as y: the row's bits, whatever else is in the batch
     dv_j = sum over rows of p * g,  dk_j = scale * sum over rows of ds * q
 
-The last two sum over all rows that share the key, in the order of heads and queries, with the weight 0 for those that do not
-admit it, and zeros in the place of rows that admit nothing. So they depend on which rows share the key, by nature, and rows
-before a sequence move their bits, as leading padding does; rows behind it do not. The gradient of a float mask is ds, summed by `RowContract` where the mask was broadcast; so is that of an operand whose batch
+The last two sum over all rows that share the key: query after query, for each the heads in their order, with the weight 0 for
+those that do not admit it, and zeros in the place of rows that admit nothing. So they depend by nature on which rows share the
+key; of a padded sequence, queries behind it change nothing, queries before it move other rows' places, as leading padding does.
+The gradient of a float mask is ds, summed by `RowContract` where the mask was broadcast; so is that of an operand whose batch
 dimension was, but for keys and values that are shared by heads (`enable_gqa`) or by a whole batch dimension.
 """
 

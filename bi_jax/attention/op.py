@@ -259,15 +259,16 @@ def _entry_gradients(call: _Call, entry: _Entry, of_mask: bool) -> _Gradients:
     assert entry.g is not None
     key, value, bias = call.in_order(entry)
     query, g = (x.reshape(-1, x.shape[-1]) for x in (entry.query, entry.g))
-    lengths = None if entry.lengths is None else entry.lengths.reshape(-1)
+    rows, lengths = entry.query.shape[:2], None if entry.lengths is None else entry.lengths.reshape(-1)
     weights = _softmax(query.dtype, x=_scores(query, key, call.scale, bias), length=lengths).y
     ds = _softmax_backward(query.dtype, y=weights, g=_scores(g, value, 1.0, None), length=lengths).dx
     dquery = _over_keys(ds, key, lengths, call.scale).reshape(entry.query.shape)
-    dkey, dvalue = _of_keys(call, weights, ds, query, g, lengths)
+    weights, ds = weights.reshape(*rows, -1), ds.reshape(*rows, -1)
+    dkey, dvalue = _of_keys(call, entry, weights, ds)
     if entry.order is not None:
         back = jnp.argsort(entry.order)
-        dkey, dvalue, ds = dkey[back], dvalue[back], ds[:, back]
-    return _Gradients(dquery, dkey, dvalue, ds.reshape(*entry.query.shape[:2], -1) if of_mask else None)
+        dkey, dvalue, ds = dkey[back], dvalue[back], ds[..., back]
+    return _Gradients(dquery, dkey, dvalue, ds if of_mask else None)
 
 
 def _row_gradients(call: _Call, entry: _Entry, of_mask: bool) -> _Gradients:
@@ -284,23 +285,24 @@ def _row_gradients(call: _Call, entry: _Entry, of_mask: bool) -> _Gradients:
         return _row_product(ds, entry.key, row, order, call.scale), _in_order(weights, back), _in_order(ds, back)
 
     dquery, weights, ds = (jnp.moveaxis(x, 0, 1) for x in call.over_rows(rows, entry))
-    query, g = (x.reshape(-1, x.shape[-1]) for x in (entry.query, entry.g))
-    flat = (len(query), call.layout.keys)
-    dkey, dvalue = _of_keys(call, weights.reshape(flat), ds.reshape(flat), query, g, entry.lengths.reshape(-1))
+    dkey, dvalue = _of_keys(call, entry, weights, ds)
     return _Gradients(dquery, dkey, dvalue, ds if of_mask else None)
 
 
-def _of_keys(
-    call: _Call, weights: jax.Array, ds: jax.Array, query: jax.Array, g: jax.Array, lengths: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """The gradients of keys and values: sums over rows. What a row that admits no key holds does not matter."""
-    if lengths is not None:
-        query, g = (jnp.where(lengths[:, None] > 0, x, jnp.zeros_like(x)) for x in (query, g))
-    dkey, dvalue = (
-        product(x, rows, None, Params(alpha, 1.0, rows.dtype, transpose_lhs=True))
-        for x, rows, alpha in ((ds, query, call.scale), (weights, g, 1.0))
-    )
-    return dkey, dvalue
+def _of_keys(call: _Call, entry: _Entry, weights: jax.Array, ds: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of keys and values, sums over rows, from the weights and the gradient of the scores [G, Lq, Lk].
+
+    What a row that admits no key holds does not matter.
+    """
+
+    def product_over_rows(x: jax.Array, rows: jax.Array | None, alpha: float) -> jax.Array:
+        assert rows is not None
+        if entry.lengths is not None:
+            rows = jnp.where(entry.lengths[..., None] > 0, rows, jnp.zeros_like(rows))
+        x, rows = (jnp.swapaxes(y, 0, 1).reshape(-1, y.shape[-1]) for y in (x, rows))
+        return product(x, rows, None, Params(alpha, 1.0, rows.dtype, transpose_lhs=True))
+
+    return product_over_rows(ds, entry.query, call.scale), product_over_rows(weights, entry.g, 1.0)
 
 
 def layout_of(query: Any, key: Any, value: Any, attn_mask: Any, enable_gqa: bool) -> AttentionLayout:

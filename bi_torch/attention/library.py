@@ -223,18 +223,19 @@ def _backward(
     call = _Attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     g = split(g, call.layout, call.layout.batch)
     # What a row that admits no key holds does not matter: it may be NaN.
-    query_rows, g_rows = call.reached(call.query), call.reached(g)
+    query_rows, g_rows = (call.reached(x).transpose(1, 2) for x in (call.query, g))
     key_operand = call.operand(call.key)
     dquery, dkey, dvalue = [], [], []
     for entries, chunks in groupby(call.chunks(whole=True), key=lambda chunk: chunk.entries):
-        weights, dscores = (g.new_zeros((*g[entries].shape[:3], call.layout.keys)) for _ in range(2))
+        n, groups, queries, _ = g[entries].shape
+        weights, dscores = (g.new_zeros((n, queries, groups, call.layout.keys)) for _ in range(2))
         parts = []
         for chunk in chunks:
             order = call.row_order(chunk)
             y, ds = _score_gradients(call, g, chunk, order)
             parts.append(call.product(ds, key_operand, chunk, order, scale))
-            weights[:, :, chunk.queries, chunk.keys] = _in_place_of_keys(y, order)
-            dscores[:, :, chunk.queries, chunk.keys] = _in_place_of_keys(ds, order)
+            weights[:, chunk.queries, :, chunk.keys] = _in_place_of_keys(y, order).transpose(1, 2)
+            dscores[:, chunk.queries, :, chunk.keys] = _in_place_of_keys(ds, order).transpose(1, 2)
         dquery.append(_concatenated(parts, 2))
         dvalue.append(gemm(weights.flatten(1, 2).mT, g_rows[entries].flatten(1, 2), None, 1.0, 1.0, g.dtype))
         dkey.append(gemm(dscores.flatten(1, 2).mT, query_rows[entries].flatten(1, 2), None, scale, 1.0, g.dtype))
