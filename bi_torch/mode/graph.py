@@ -41,12 +41,11 @@ def _names(text: str) -> frozenset[str]:
 
 
 _MOVES = _names(
-    """alias as_strided as_strided_scatter cat clone constant_pad_nd convert_element_type copy copy_ detach device_put diagonal
-    diagonal_scatter embedding empty empty_like empty_permuted empty_strided expand fill flip full full_like gather index
-    index_put index_select lift lift_fresh_copy masked_fill new_empty new_empty_strided new_full new_ones new_zeros ones
-    ones_like permute repeat reshape scalar_tensor scatter select select_scatter slice slice_scatter split split_with_sizes
-    squeeze stack transpose tril triu unbind unfold unsqueeze view view_of where zeros zeros_like _unsafe_index
-    _unsafe_index_put _unsafe_view"""
+    """alias as_strided as_strided_scatter cat clone constant_pad_nd convert_element_type copy copy_ detach device_put
+    diagonal diagonal_scatter embedding empty empty_like empty_strided expand full gather index index_put lift
+    lift_fresh_copy new_empty new_empty_strided permute repeat reshape scalar_tensor scatter select select_scatter slice
+    slice_scatter split split_with_sizes squeeze unbind unfold _unsafe_index _unsafe_view unsqueeze view view_of where
+    zeros"""
 )
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "sqrt"})
 _SELECTIONS = _names(
@@ -55,13 +54,13 @@ _SELECTIONS = _names(
 """Nothing is rounded: the result is one of the operands, its integer part, or a bool."""
 
 _DECOMPOSED = _names(
-    """_to_copy _unsafe_view add alias_copy arange argwhere block_diag channel_shuffle conj_physical detach diag_embed
-    diagonal_backward diagonal_copy empty_like empty_permuted expand_copy eye fill flip full full_like index_copy index_fill
-    index_select isfinite isneginf isposinf lift masked_fill narrow_copy native_channel_shuffle new_empty new_full new_ones
-    new_zeros ones ones_like permute_copy pixel_shuffle pixel_unshuffle repeat_interleave roll rot90 rsub select_backward
-    slice_backward split_with_sizes_copy squeeze_copy stack sub t t_copy threshold threshold_backward trace_backward transpose
-    transpose_copy tril tril_indices triu triu_indices unbind_copy unfold_copy unsafe_split unsafe_split_with_sizes
-    unsqueeze_copy value_selecting_reduction_backward view_copy where zero zeros zeros_like"""
+    """add alias_copy arange block_diag cat channel_shuffle conj_physical detach diag_embed diagonal_backward
+    diagonal_copy empty_like empty_permuted expand_copy eye fill flip full full_like index_copy index_fill index_select
+    isneginf isposinf lift masked_fill narrow_copy new_empty new_full new_ones new_zeros ones ones_like permute_copy
+    pixel_shuffle pixel_unshuffle repeat_interleave roll rot90 rsub select_backward slice_backward split_with_sizes_copy
+    squeeze_copy stack t t_copy threshold threshold_backward _to_copy transpose transpose_copy tril tril_indices triu
+    triu_indices unbind_copy unfold_copy _unsafe_index_put unsafe_split unsafe_split_with_sizes _unsafe_view
+    unsqueeze_copy view_copy zero zeros zeros_like"""
 )
 """Operations whose decomposition is made of the above, beside those that ATen composes itself."""
 
