@@ -28,12 +28,21 @@ def _h100(monkeypatch):
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
 
 
-@cache
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a block may have on Hopper."""
+
+
 def ptx(dtype: str, schedule: GemmSchedule, batch: int = 1, scaled: bool = False) -> str:
-    """The PTX of the launch of an aligned x @ W^T (with alpha, beta and a bias if `scaled`), specialised as Triton does it."""
+    """The PTX of `compiled`."""
+    return compiled(dtype, schedule, batch, scaled).asm["ptx"]
+
+
+@cache
+def compiled(dtype: str, schedule: GemmSchedule, batch: int = 1, scaled: bool = False) -> triton.compiler.CompiledKernel:
+    """The launch of an aligned x @ W^T to float32 (with alpha, beta and a bias if `scaled`), specialised as Triton does it."""
     m, n, k = 2 * schedule.block_m, 2 * schedule.block_n, 2 * schedule.block_k
     a, weight = torch.empty(batch, m, k, dtype=DTYPES[dtype]), torch.empty(batch, n, k, dtype=DTYPES[dtype])
-    out, bias = torch.empty(batch, m, n, dtype=DTYPES[dtype]), torch.empty(n, dtype=DTYPES[dtype]) if scaled else None
+    out, bias = torch.empty(batch, m, n), torch.empty(batch, m, n) if scaled else None
     plan = cuda._plan(a, weight.mT, bias, out, scaled, gemm_contract(dtype), schedule)
     backend = make_backend(TARGET)
     binder = create_function_from_signature(plan.kernel.signature, plan.kernel.params, backend)
@@ -42,7 +51,7 @@ def ptx(dtype: str, schedule: GemmSchedule, batch: int = 1, scaled: bool = False
     )
     options, signature, constants, attributes = plan.kernel._pack_args(backend, plan.options, bound, specialization, options)
     source = ASTSource(plan.kernel, signature, constants, attributes)
-    return triton.compile(source, target=TARGET, options=options.__dict__).asm["ptx"]
+    return triton.compile(source, target=TARGET, options=options.__dict__)
 
 
 ROWS = [row for row in schedule_table("sm_90") if row.engine == "triton"]
@@ -64,6 +73,12 @@ def test_operands_are_loaded_by_tma_or_sixteen_bytes_at_a_time(dtype, schedule):
 def test_batches_are_loaded_sixteen_bytes_at_a_time():
     (schedule,) = {row.schedule for row in ROWS if row.op == "mm_strided" and row.m is None}
     assert "cp.async.cg.shared.global" in ptx("bfloat16", schedule, batch=3)
+
+
+@schedules
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_widest_output_fits_shared_memory(dtype, schedule, scaled):
+    assert compiled(dtype, schedule, scaled=scaled).metadata.shared <= SHARED_MEMORY
 
 
 @schedules

@@ -181,7 +181,9 @@ def _tma_arguments(
     store_tma = _tma_major(out) == 2
     block_m, block_k, rest_n = schedule.block_m, schedule.block_k, _rest(schedule.block_n)
     block_n = schedule.block_n - rest_n
-    piece_n = (rest_n or block_n) // schedule.store_split
+    # A bias passes through shared memory as well; wider outputs take more of it.
+    pieces = schedule.store_split * out.element_size() // a.element_size() * (1 if bias is None else 2)
+    piece_n = (rest_n or block_n) // pieces
     a_map = _tensor_map(a, (2, 1) if a_is_km else (1, 2), (block_k, block_m) if a_is_km else (block_m, block_k))
     b_dims = (2, 1) if b_is_nk else (1, 2)
     b_map = _tensor_map(b, b_dims, (block_n, block_k) if b_is_nk else (block_k, block_n))
