@@ -42,7 +42,7 @@ def inductor() -> Iterator[None]:
     from torch._inductor import config, cpu_vec_isa
 
     extensions = [cpu_vec_isa.VecAVX2()] if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else []
-    settings = {"compile_threads": 1, "fx_graph_cache": False, "cpp.vec_isa_ok": True}
+    settings = {"compile_threads": 8 if torch.cuda.is_available() else 1, "fx_graph_cache": False, "cpp.vec_isa_ok": True}
     with (
         pytest.MonkeyPatch.context() as context,
         config.patch(settings),
