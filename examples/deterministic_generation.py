@@ -119,7 +119,7 @@ def complete(model: LlamaForCausalLM, work: list[Batch], tokens: int, seed: int 
     for i, batch in enumerate([work[0], *work]):  # the first one twice: it compiles kernels
         choose = Choose(batch, seed)
         start = time.perf_counter()
-        ids = model.generate(  # type: ignore[misc]
+        ids = model.generate(
             batch.ids,
             attention_mask=batch.mask,
             max_new_tokens=tokens,
