@@ -25,6 +25,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._guards import Guard, GuardsContext, GuardSource, Source
 
 State = Any
@@ -57,6 +58,14 @@ def install(state: Callable[[], State]) -> None:
     GuardsContext.__init__ = with_mode  # type: ignore[method-assign]
     if "torch._dynamo.convert_frame" in sys.modules:
         torch._dynamo.reset()  # what was compiled until now has no such guard
+
+
+def stepped_over[F: Callable[..., Any]](function: F) -> F:
+    """`function`, which Dynamo neither traces nor looks into. As torch.compiler.disable, which would import Dynamo."""
+    everything = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, everything)
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
 
 
 def _guard(state: Callable[[], State]) -> Guard:

@@ -135,6 +135,7 @@ def _set(mode: Mode | None) -> None:
         _install()
 
 
+@compiler.stepped_over
 def _install() -> None:
     """Make the dispatcher what the innermost region says."""
     global _installed, _fastpath
