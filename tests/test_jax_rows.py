@@ -111,6 +111,14 @@ def test_columns_of_any_length(rows):
     check(norm.COLUMN_SUM, rows, 3, "float32", ("wide", "special") if rows else ("normal",))
 
 
+@pytest.mark.parametrize(("program", "shape"), [(reduce.SUM, (3, 64)), (norm.COLUMN_SUM, (2, 3))], ids=["rows", "columns"])
+def test_sums_start_at_positive_zero(program, shape):
+    """So the sum over -0 is +0, in one chunk of lanes too, where XLA would leave out the addition."""
+    run = cpu.run_columns if isinstance(program, ColumnProgram) else cpu.run_rows
+    y = jax.jit(lambda x: run(program, {"x": x}, {}, {"y": "float32"})["y"])(jnp.full(shape, -0.0, jnp.float32))
+    assert not np.asarray(y).view(np.uint32).any()
+
+
 @pytest.mark.parametrize(("rows", "n"), [(70, 1000), (1030, 130)])
 def test_blocks_of_rows_and_columns(rows, n):
     """More rows than a block holds, not a multiple of what it holds; more columns than are summed at a time."""

@@ -111,7 +111,7 @@ def run_columns(
                     return {name: _F.add(sums[name], jnp.where(inside, of(_F, e), 0.0)) for name, of in program.sums.items()}
 
                 def segment(s: jax.Array) -> Arrays:
-                    zeros = {name: jnp.zeros((lanes, size)) for name in program.sums}
+                    zeros = {name: _start((lanes, size)) for name in program.sums}
                     stop = jnp.minimum((s + 1) * per_segment, chunks)
                     sums = lax.fori_loop(s * per_segment, stop, chunk, zeros)
                     return {name: _tree(x, axis=0) for name, x in sums.items()}
@@ -247,6 +247,11 @@ def _split(values: jax.Array, size: int, fill: float) -> jax.Array:
     return _fill_up(values, 1, pieces * size, fill).reshape(rows, pieces, size)
 
 
+def _start(shape: tuple[int, ...]) -> jax.Array:
+    """Accumulators of +0, which XLA must not know to be that: it takes x for +0 + x, but -0 is not +0."""
+    return lax.optimization_barrier(jnp.zeros(shape))
+
+
 def _segment_sums(values: jax.Array, contract: RowContract) -> jax.Array:
     """[rows, w] to [rows, segments]."""
     segments = _split(values, contract.segment, 0.0)
@@ -258,7 +263,7 @@ def _segment_sums(values: jax.Array, contract: RowContract) -> jax.Array:
         0,
         chunks,
         lambda i, sums: _F.add(sums, lax.dynamic_index_in_dim(filled, i, axis=2, keepdims=False)),
-        jnp.zeros((rows, count, lanes)),
+        _start((rows, count, lanes)),
     )
     return _tree(sums, axis=2)
 
