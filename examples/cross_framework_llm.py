@@ -18,15 +18,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
 from rich.console import Console
 
 import bi_jax
@@ -66,7 +68,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        Config(layers=2, width=64, heads=4, kv_heads=2, head_dim=16, hidden=128), Training(), 4, 64, 200, 25, 5, 16, 12
+        Config(layers=2, width=64, heads=4, kv_heads=2, head_dim=16, hidden=128), Training(), 4, 32, 200, 25, 5, 16, 8
     ),
     "100m": Size(
         Config(layers=10, width=1024, heads=16, kv_heads=4, head_dim=64, hidden=2816),
@@ -81,7 +83,7 @@ class Round:
 
     Attributes:
         step: of training before it.
-        loss: of that step.
+        loss: the mean since the round before.
         difference: the largest difference of a log-probability between the trainer and the sampler.
         divergence: the largest KL divergence of the sampler's distribution of a token from the trainer's.
         batches: sizes of the sampler's batches.
@@ -104,9 +106,11 @@ def rounds(size: Size, in_jax: ModuleType, in_torch: ModuleType, seed: int = 0) 
     params = jnp.asarray(config.initial(seed))
     state = {name: jnp.zeros_like(params) for name in size.training.state()}
     generator, batches = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    losses: list[jax.Array] = []
     for step in range(1, size.steps + 1):
         tokens = excerpts(text, size.batch, size.length + 1, generator)
         params, state, loss = train_step(params, state, jnp.int32(step), jnp.asarray(tokens))
+        losses.append(loss)
         if step % size.every:
             continue
         shared = to_torch(params)  # the trainer's own memory
@@ -116,7 +120,8 @@ def rounds(size: Size, in_jax: ModuleType, in_torch: ModuleType, seed: int = 0) 
         sampled, by_sampler, sizes = torch_model.generate(shared, config, prompts, uniforms, batches, in_torch)
         by_trainer = to_torch(trainer(params, tokens=jnp.asarray(sampled.cpu().numpy())))
         shown = bytes(sampled[0].cpu().numpy().astype(np.uint8)).decode(errors="replace")
-        yield Round(step, float(loss), *distance(by_sampler, by_trainer), sizes, shown)
+        yield Round(step, fmean(map(float, losses)), *distance(by_sampler, by_trainer), sizes, shown)
+        losses.clear()
 
 
 def distance(by_sampler: torch.Tensor, by_trainer: torch.Tensor) -> tuple[float, float]:
@@ -127,7 +132,8 @@ def distance(by_sampler: torch.Tensor, by_trainer: torch.Tensor) -> tuple[float,
 
 def plot(ours: list[Round], stock: list[Round], path: Path) -> None:
     """Losses, and distances on a scale that has a 0."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
+    mpl.use("Agg")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 7), sharex=True, layout="constrained", height_ratios=(2, 3))
     least = min((x for r in stock for x in (r.difference, r.divergence) if x > 0), default=1e-9)
     for name, found, color in (("this library", ours, "tab:blue"), ("stock operations", stock, "tab:red")):
         steps = [r.step for r in found]
@@ -139,7 +145,7 @@ def plot(ours: list[Round], stock: list[Round], path: Path) -> None:
     below.set_yscale("symlog", linthresh=least)
     below.set(xlabel="step", ylabel="trainer against sampler")
     below.set_ylim(-least / 4, None)
-    below.legend()
+    below.legend(loc="center right", fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
