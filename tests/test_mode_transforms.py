@@ -80,7 +80,7 @@ def test_vmap_has_the_bits_of_a_loop(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["linear", "layer_norm, weights", "attention", "gradient of a layer"])
+@pytest.mark.parametrize("name", ["linear", "layer_norm, weights", "attention", "gradient of attention"])
 def test_vmap_has_the_bits_of_a_loop_on_a_gpu(name):
     assert_vmap_is_a_loop(name, "cuda")
 

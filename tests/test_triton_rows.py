@@ -2,6 +2,7 @@
 
 import re
 import sys
+import weakref
 from unittest import mock
 
 import pytest
@@ -284,3 +285,18 @@ def test_only_the_program_asks_for_fma():
     assert re.search(r"\bmul\.rn\.f32", kernel.asm["ptx"])
     (kernel,) = compiled(softmax.SOFTMAX, 64, 4096, "float32", RowSchedule())
     assert re.search(r"\bfma\.rn\.f32", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize("n", [100, 20_000, 2_000_000])
+def test_a_plan_keeps_no_tensor(n, monkeypatch):
+    """It outlives the call that it was made for."""
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
+    for program in (softmax.SOFTMAX, norm.COLUMN_SUM):
+        given = [torch.empty(2, n) for _ in program.elements]
+        alive = [weakref.ref(x) for x in given]
+        column = isinstance(program, ColumnProgram)
+        dtypes = dict.fromkeys(program.sums if column else program.outputs, torch.float32)
+        plan = (cuda._columns_plan if column else cuda._rows_plan)(program, given, dtypes, {}, None)
+        del given
+        assert plan.launches
+        assert not any(x() is not None for x in alive)

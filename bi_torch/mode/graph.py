@@ -53,6 +53,9 @@ _SELECTIONS = _names(
 )
 """Nothing is rounded: the result is one of the operands, its integer part, or a bool."""
 
+_SIGNS = frozenset({"neg", "relu", "clamp_min", "clamp_max"})
+"""Those for which Triton's code gives a zero another sign than eager does: its -x is 0 - x."""
+
 _DECOMPOSED = _names(
     """add alias_copy arange block_diag cat channel_shuffle conj_physical detach diag_embed diagonal_backward
     diagonal_copy empty_like empty_permuted expand_copy eye fill flip full full_like index_copy index_fill index_select
@@ -193,6 +196,8 @@ def _is_generated(node: Node, name: str, operands: Sequence[Tensor], dtypes: set
         return torch.Tag.pointwise in node.target.tags or name == "iota"  # type: ignore[union-attr]
     scalars = _scalars(node)
     if any(isinstance(x, torch.SymInt | torch.SymFloat) for x in _values(node.all_input_nodes)):
+        return False
+    if name in _SIGNS and "cuda" in devices:
         return False
     if name in _SELECTIONS:
         return _fit(scalars, dtypes)

@@ -27,8 +27,11 @@ def cross_entropy_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Any:
-    """Cross entropy of classes; with class weights or probabilities it is torch's composition of ops that are replaced."""
-    if self.dtype not in FLOATS or target.dtype not in IDS or weight is not None:
+    """Cross entropy of classes; with class weights or probabilities it is torch's composition of ops that are replaced.
+
+    So it is under autocast, which says for each of those in what dtype it runs.
+    """
+    if self.dtype not in FLOATS or target.dtype not in IDS or weight is not None or torch.is_autocast_enabled(self.device.type):
         return NotImplemented
     how = REDUCTIONS[reduction]
     return softmax.cross_entropy(self, target, ignore_index=ignore_index, reduction=how, label_smoothing=label_smoothing)

@@ -6,7 +6,7 @@ dictionary look-up and its launches.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import torch
@@ -209,6 +209,17 @@ def _tensor_names(program: RowProgram | ColumnProgram) -> tuple[str, ...]:
     return (*program.elements, *program.columns, *program.rows, *ids)
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """The inputs of a call by kind; `ends` says where each kind ends. A plan keeps this, and no tensor."""
+
+    ends: tuple[int, ...]
+
+    def __call__(self, call: _Call) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Elements, columns, rows, ids."""
+        return tuple(call.inputs[first:end] for first, end in pairwise((0, *self.ends)))
+
+
 @dataclass
 class _Shape:
     """R and N of a call, and its tensors by kind."""
@@ -219,9 +230,8 @@ class _Shape:
     def __post_init__(self) -> None:
         self.elements = len(self.program.elements)
         self.rows, self.n = self.given[0].shape
-        self.starts = [self.elements]
-        for kind in ("columns", "rows", "ids"):
-            self.starts.append(self.starts[-1] + len(getattr(self.program, kind, ())))
+        kinds = (self.program.elements, self.program.columns, self.program.rows, getattr(self.program, "ids", ()))
+        self.parts = _Parts(tuple(accumulate(map(len, kinds))))
         for name, x in zip(self.program.elements, self.given, strict=False):
             if x.shape != (self.rows, self.n) or (x.numel() and self.n > 1 and x.stride(1) != 1):
                 raise ValueError(f"{self.program.name}: {name} must be [{self.rows}, {self.n}] with contiguous columns")
@@ -229,15 +239,6 @@ class _Shape:
             extent = self.n if name in self.program.columns else self.rows
             if x.shape != (extent,):
                 raise ValueError(f"{self.program.name}: {name} must be [{extent}], got {list(x.shape)}")
-
-    def parts(self, call: _Call) -> tuple[tuple[torch.Tensor, ...], ...]:
-        """Elements, columns, rows, ids."""
-        first = 0
-        result = []
-        for end in self.starts:
-            result.append(call.inputs[first:end])
-            first = end
-        return tuple(result)
 
     def pitch(self, x: torch.Tensor) -> int:
         """The row stride; that of one row, or of none, means nothing."""
@@ -269,7 +270,7 @@ def _rows_plan(
     schedule: RowSchedule | None,
 ) -> _Plan:
     shape = _Shape(program, given)
-    rows, n = shape.rows, shape.n
+    rows, n, parts = shape.rows, shape.n, shape.parts
     outputs: list[tuple[str, tuple[int, ...], torch.dtype]]
     outputs = [(name, (rows, n), out_dtypes[name]) for name in program.outputs]
     outputs += [(name, (rows,), out_dtypes.get(name, torch.float32)) for name in program.row_outputs]
@@ -301,7 +302,7 @@ def _rows_plan(
     def tensors(call: _Call) -> tuple[Any, ...]:
         values = tuple(call.outputs.values())
         split = len(program.outputs)
-        elements, columns, per_row, ids = shape.parts(call)
+        elements, columns, per_row, ids = parts(call)
         return (
             elements, strides, columns, per_row, ids, call.scalars, call.integers,
             values[:split], output_strides, values[split:],
@@ -439,7 +440,7 @@ def _columns_plan(
     schedule: RowSchedule | None,
 ) -> _Plan:
     shape = _Shape(program, given)
-    rows, n = shape.rows, shape.n
+    rows, n, parts = shape.rows, shape.n, shape.parts
     plan = _Plan([], [(name, (n,), out_dtypes[name]) for name in program.sums], [], shape.contiguous())
     if n == 0:
         return plan
@@ -466,7 +467,7 @@ def _columns_plan(
         return call.workspace[level * len(program.sums) : (level + 1) * len(program.sums)]
 
     def sums(call: _Call) -> tuple[Any, ...]:
-        elements, columns, per_row, _ = shape.parts(call)
+        elements, columns, per_row, _ = parts(call)
         return (elements, strides, columns, per_row, call.scalars, results(call, 0), *tail)
 
     def tree(level: int) -> _Launch:
