@@ -183,7 +183,7 @@ def _tma_arguments(
     block_n = schedule.block_n - rest_n
     # A bias passes through shared memory as well; wider outputs take more of it.
     pieces = schedule.store_split * out.element_size() // a.element_size() * (1 if bias is None else 2)
-    piece_n = (rest_n or block_n) // pieces
+    piece_n = max((rest_n or block_n) // pieces, _TMA_ALIGNMENT // out.element_size())
     a_map = _tensor_map(a, (2, 1) if a_is_km else (1, 2), (block_k, block_m) if a_is_km else (block_m, block_k))
     b_dims = (2, 1) if b_is_nk else (1, 2)
     b_map = _tensor_map(b, b_dims, (block_n, block_k) if b_is_nk else (block_k, block_n))
