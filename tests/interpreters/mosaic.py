@@ -128,6 +128,13 @@ class _Array:
         with self.memory.lock:
             self.content[indices] = values
 
+    def add_one(self, index: np.ndarray) -> np.ndarray:
+        """What the element was before; no other warpgroup comes between."""
+        with self.memory.lock:
+            before = self.content[index].copy()
+            self.content[index] += 1
+            return before
+
 
 def _inline(self: Any, eqn: Any, token: Any, get_invals: Any) -> tuple[Any, list]:
     """Run the stand-in for an instruction of `bi_jax.rows`."""

@@ -21,6 +21,7 @@ class Memory(Protocol):
 
     def read(self) -> np.ndarray: ...
     def write(self, indices: np.ndarray, values: np.ndarray) -> None: ...
+    def add_one(self, index: np.ndarray) -> np.ndarray: ...
 
 
 @singledispatch
@@ -143,20 +144,14 @@ def _(instruction: warpgroup.Sync) -> list[np.ndarray]:
     return []
 
 
-def _add_one(counters: Memory, index: np.ndarray) -> np.int32:
-    before = counters.read()[index]
-    counters.write(index, before + 1)
-    return before
-
-
 @run.register
 def _(instruction: warpgroup.Ticket, counters: Memory, scratch: Memory, index: np.ndarray) -> list[np.ndarray]:
-    return [np.asarray(_add_one(counters, index))]
+    return [counters.add_one(index)]
 
 
 @run.register
 def _(instruction: warpgroup.Arrive, counters: Memory, index: np.ndarray) -> list[np.ndarray]:
-    _add_one(counters, index)
+    counters.add_one(index)
     return []
 
 
