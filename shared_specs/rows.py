@@ -12,7 +12,7 @@ from typing import Literal
 
 from shared_specs.arithmetic import Arithmetic, Value
 
-VERSION = 1
+VERSION = 2
 """Version of the contract's meaning; a change to any output bit needs a new number."""
 
 
@@ -61,7 +61,8 @@ ROW_CONTRACT = RowContract()
 
 Formula = Callable[[Arithmetic, SimpleNamespace], Value]
 """A formula `(f, e) -> value`: `f` is the engine's arithmetic, `e` holds the program's inputs and scalars, the reductions
-so far and `count` (N as float32), `column` (the element's index in its row, int32) by name."""
+so far and `count` (N as float32), `column` (the element's index in its row, int32) by name. Of a `sum_exp`, a formula of an
+output [R, N] may read the element's `term` and `weight` (`shared_specs.sum_exp`)."""
 
 
 @dataclass(frozen=True)

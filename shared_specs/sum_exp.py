@@ -3,6 +3,9 @@
 Each segment has its own maximum m_s and its own sum s_s of exp(x - m_s), in the row contract's order. The row's maximum is
 m, and its sum is the segments' tree over s_s * exp(m_s - m). So a segment is read once, wherever the row's maximum lies.
 Segments of -inf add 0, whatever the row's maximum; a row with +inf has the sum NaN.
+
+A softmax takes up what the sum was made of: the element's own term exp(x - m_s), times exp(m_s - m) / s, which is one number
+for the segment. So there is one exponential an element, and a row of one segment has the bits of exp(x - m) * (1 / s).
 """
 
 from typing import NamedTuple
@@ -14,10 +17,15 @@ INF = float("inf")
 
 
 class SumExp(NamedTuple):
-    """The maximum of a row, or of a segment, and the sum of exp(x - shift(max))."""
+    """The maximum of a row, or of a segment, and the sum of exp(x - shift(max)).
+
+    A formula of an output [R, N] finds the element's `term` in its segment's sum and that segment's `weight` as well.
+    """
 
     max: Value
     sum: Value
+    term: Value = None
+    weight: Value = None
 
 
 def shift(f: Arithmetic, maximum: Value) -> Value:
@@ -32,4 +40,18 @@ def term(f: Arithmetic, x: Value, segment_max: Value) -> Value:
 
 def rescaled(f: Arithmetic, segment: SumExp, row_max: Value) -> Value:
     """What a segment adds to its row's sum: `segment.sum` where it holds the maximum, 0 where it is -inf throughout."""
-    return f.mul(segment.sum, scalar.exp_nonpositive(f, f.sub(segment.max, shift(f, row_max))))
+    return f.mul(segment.sum, weight(f, segment.max, row_max))
+
+
+def weight(f: Arithmetic, segment_max: Value, row_max: Value) -> Value:
+    """What makes a number that is relative to the segment's maximum relative to the row's: at most 1, and 1 in that segment.
+
+    An engine may take 1 for it in any row of one segment: where the formula gives something else, as the maximum is not
+    finite, shares are NaN either way.
+    """
+    return scalar.exp_nonpositive(f, f.sub(segment_max, shift(f, row_max)))
+
+
+def share(f: Arithmetic, row: SumExp) -> Value:
+    """The element's share of its row's sum, which is its softmax: a multiplication for an element, the rest for a segment."""
+    return f.mul(row.term, f.div(row.weight, row.sum))

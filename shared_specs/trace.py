@@ -8,8 +8,8 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
-from shared_specs.sum_exp import SumExp, rescaled, term
+from shared_specs.rows import ROW_CONTRACT, ColumnProgram, Reduction, RowProgram
+from shared_specs.sum_exp import SumExp, rescaled, term, weight
 
 
 class Tracer:
@@ -39,31 +39,58 @@ class Tracer:
 @cache
 def listing(program: RowProgram | ColumnProgram) -> str:
     """What `program` computes, one line an operation; inputs are called by name."""
-    f, e, results = Tracer(), SimpleNamespace(count="count", column="column"), []
-    names = (*program.elements, *program.columns, *program.rows, *program.scalars)
-    for name in names + ((*program.ids, *program.integers, *program.gathered) if isinstance(program, RowProgram) else ()):
-        setattr(e, name, name)
+    f, e, results = Tracer(), _inputs(program), []
     if isinstance(program, ColumnProgram):
         results += [f"{name}: sum {of(f, e)}" for name, of in program.sums.items()]
         return "\n".join((f.listing(), *results))
     for reduction in program.reductions:
         value = reduction.of(f, e)
         results.append(f"{reduction.name}: {reduction.kind} {value}")
-        setattr(e, reduction.name, reduction.name)
+        setattr(e, reduction.name, _result(reduction))
         if reduction.kind == "sum_exp":
-            segment, row = (
-                SumExp(f"{reduction.name}.{part}_max", f"{reduction.name}.{part}_sum") for part in ("segment", "row")
-            )
-            results.append(f"  of {term(f, value, segment.max)}, rescaled {rescaled(f, segment, row.max)}")
-            setattr(e, reduction.name, row)
+            segment = SumExp(f"{reduction.name}.segment_max", f"{reduction.name}.segment_sum")
+            row_max = _result(reduction).max
+            results.append(f"  of {term(f, value, segment.max)}, rescaled {rescaled(f, segment, row_max)}")
+            results.append(f"  weight {weight(f, segment.max, row_max)}")
     results += [f"{name}: {of(f, e)}" for outputs in (program.outputs, program.row_outputs) for name, of in outputs.items()]
     return "\n".join((f.listing(), *results))
+
+
+def _inputs(program: RowProgram | ColumnProgram) -> SimpleNamespace:
+    """What formulas read, but for reductions: names."""
+    names = (*program.elements, *program.columns, *program.rows, *program.scalars)
+    if isinstance(program, RowProgram):
+        names += (*program.ids, *program.integers, *program.gathered)
+    return SimpleNamespace(**{name: name for name in (*names, "count", "column")})
+
+
+def _result(reduction: Reduction) -> Any:
+    """What formulas read of a reduction: names."""
+    if reduction.kind != "sum_exp":
+        return reduction.name
+    return SumExp(*(f"{reduction.name}.{part}" for part in ("row_max", "row_sum", "term", "weight")))
 
 
 @cache
 def reads(program: RowProgram, name: str) -> bool:
     """Whether a formula reads `e.<name>`."""
     return name in listing(program).split()
+
+
+@cache
+def terms_read(program: RowProgram) -> tuple[Reduction, ...]:
+    """The sums of exponentials whose terms the outputs read."""
+    return tuple(reduction for reduction in program.reductions if reads(program, f"{reduction.name}.term"))
+
+
+@cache
+def outputs_read_elements(program: RowProgram) -> bool:
+    """Whether the outputs [R, N] read elements beside what reductions made of them."""
+    f, e = Tracer(), _inputs(program)
+    for reduction in program.reductions:
+        setattr(e, reduction.name, _result(reduction))
+    results = [of(f, e) for of in program.outputs.values()]
+    return not {*f.listing().split(), *results}.isdisjoint(program.elements)
 
 
 @cache

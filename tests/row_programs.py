@@ -8,7 +8,7 @@ from shared_specs.inputs import operand_bits
 from shared_specs.programs import catalogue
 from shared_specs.programs.catalogue import SCALARS
 from shared_specs.reference import rows as reference
-from shared_specs.rows import ColumnProgram, RowProgram
+from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
 from tests.arrays import NAMES, to_bits, to_torch
 
 ROW_PROGRAMS: tuple[RowProgram, ...] = tuple(program for family in catalogue.ROW_PROGRAMS.values() for program in family)
@@ -33,6 +33,18 @@ def draw_inputs(
     for name in getattr(program, "ids", ()):
         inputs[name] = torch.from_numpy(np.random.default_rng(seed).integers(-1, n + 1, rows))
     return inputs
+
+
+def uneven_rows(n: int) -> torch.Tensor:
+    """Rows [6, n] of up to three segments with very different maxima, some of them -inf; the last two have no softmax.
+
+    Values are multiples of 1/8, so that differences between them are exact.
+    """
+    x = np.round(8 * np.random.default_rng(n).normal(size=(6, n))) / 8
+    for row, maxima in enumerate([(0, -30, 5), (-87, 0, -100), (7, -95.5, -1000), (-np.inf, 3, -np.inf)]):
+        x[row] += np.repeat(maxima, ROW_CONTRACT.segment)[:n]
+    x[4], x[5, -5] = -np.inf, np.inf
+    return torch.from_numpy(x.astype(np.float32))
 
 
 def expected(

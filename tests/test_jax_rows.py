@@ -14,12 +14,12 @@ from bi_jax.rows import cpu
 from bi_jax.rows.cpu_arithmetic import CpuArithmetic
 from shared_specs.formats import FLOAT32, FORMATS, float_format
 from shared_specs.inputs import operand_bits
-from shared_specs.programs import norm, reduce, softmax
+from shared_specs.programs import attention, norm, reduce, softmax
 from shared_specs.programs.catalogue import COLUMN_PROGRAMS, SCALARS
 from shared_specs.reference import NumpyArithmetic
 from shared_specs.reference import rows as reference
 from shared_specs.rows import ColumnProgram, RowContract
-from tests.row_programs import ROW_PROGRAMS
+from tests.row_programs import ROW_PROGRAMS, uneven_rows
 from tests.test_scalar import fma_triples, patterns
 
 KINDS = ("normal", "wide", "cancel", "subnormal", "zeros", "special", "bits")
@@ -101,6 +101,17 @@ def test_lengths(n):
     dtype = "float16" if n % 2 else "float32"
     for program in (softmax.LOGSUMEXP, reduce.AMIN if n % 2 else reduce.SUM):
         check(program, 3, n, dtype, ("wide", "special") if n else ("normal",))
+
+
+@pytest.mark.parametrize("block", [cpu.BLOCK, 16_384])
+def test_segments_of_different_maxima(block, monkeypatch):
+    """In several rows at a time, and in parts of a row."""
+    monkeypatch.setattr(cpu, "BLOCK", block)
+    length = jnp.array([20_000, 16_385, 9000, 20_000, 5, 20_000], jnp.int32)
+    inputs = {"x": jnp.asarray(uneven_rows(20_000).numpy()), "length": length}
+    program, dtypes = attention.attention_softmax(True), {"y": "float32"}
+    got, wanted = engine(program, dtypes)(inputs)["y"], model(program, inputs, dtypes)["y"]
+    np.testing.assert_array_equal(bits(got), wanted)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 1025, 8193])

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from bi_jax.rows import mosaic, mosaic_kernel
 from shared_specs import scalar, sum_exp
 from shared_specs.formats import float_format
 from shared_specs.inputs import KINDS
-from shared_specs.programs import norm, optimizer, pointwise, reduce, softmax
+from shared_specs.programs import attention, norm, optimizer, pointwise, reduce, softmax
 from shared_specs.programs.catalogue import COLUMN_PROGRAMS, SCALARS
 from shared_specs.reference import rows as reference
 from shared_specs.reference.arithmetic import NumpyArithmetic
@@ -20,7 +21,7 @@ from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ColumnProgram
 from tests.arrays import DTYPES, NAMES, to_bits
 from tests.interpreters.mosaic import interpreted
-from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected
+from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, uneven_rows
 
 by_name = {"ids": lambda program: program.name}
 BLOCKS_SHARE_ROWS = RowSchedule(warps=4, blocks_per_row=2)
@@ -32,8 +33,8 @@ def to_jax(x):
     return jnp.asarray(to_bits(x).view(jnp.dtype(NAMES[x.dtype])))
 
 
-def check(program, rows, n, dtype="float32", schedule=None, *, kind="normal", out_dtype=None, seed=0):
-    inputs = draw_inputs(program, rows, n, dtype, kind, seed)
+def check(program, rows, n, dtype="float32", schedule=None, *, kind="normal", out_dtype=None, seed=0, inputs=None):
+    inputs = inputs or draw_inputs(program, rows, n, dtype, kind, seed)
     columns = isinstance(program, ColumnProgram)
     names = program.sums if columns else program.outputs
     fmt = float_format(out_dtype or dtype)
@@ -116,6 +117,22 @@ def test_schedules_share_bits(rows, n, schedule, monkeypatch):
     check(softmax.SOFTMAX, rows, n, "bfloat16", schedule)
 
 
+HELD_OR_NOT = [
+    RowSchedule(warps=16),
+    RowSchedule(warps=16, cooperative=True),
+    RowSchedule(warps=4),
+    RowSchedule(warps=4, blocks_per_row=2),
+    RowSchedule(warps=32, cooperative=True),
+]
+
+
+@pytest.mark.parametrize("schedule", HELD_OR_NOT, ids=repr)
+def test_segments_of_different_maxima(schedule):
+    """Terms stay in registers, or are computed again with the maximum of their segment."""
+    inputs = {"x": uneven_rows(20_000), "length": torch.tensor([20_000, 16_385, 9000, 20_000, 5, 20_000])}
+    check(attention.attention_softmax(True), 6, 20_000, "float32", schedule, inputs=inputs)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_value(kind):
     check(softmax.LOG_SOFTMAX, 3, 1030, "bfloat16", kind=kind)
@@ -196,6 +213,15 @@ def test_workspace():
     assert needed(norm.layer_norm(True, True), 3, 16_384, BLOCKS_SHARE_ROWS) == 4 * 3 * 2 * 2
     passes = mosaic.column_passes(norm.COLUMN_SUM, 16_384, 4096, {"x": "bfloat16"}, {"y": "bfloat16"})
     assert mosaic.column_workspace_bytes(passes) == 4 * 64 * 4096
+
+
+@pytest.mark.parametrize(("rows", "n"), [(16_384, 4096), (4096, 16_384), (2048, 151_936)])
+def test_softmax_computes_an_exponential_once(rows, n):
+    """The term of the sum is what stays in registers until the outputs."""
+    plan = mosaic.row_plan(softmax.SOFTMAX, rows, n, {"x": "bfloat16"}, {"y": "bfloat16"})
+    (stage,) = plan.formulas.stages
+    assert plan.keeps
+    assert [step.kept for step in stage.steps] == [(), (stage.steps[1].value,)]
 
 
 def lowered(program, rows, n, dtype):

@@ -16,7 +16,7 @@ from bi_torch.rows import reduce as reductions
 from bi_torch.rows import softmax as softmaxes
 from shared_specs.formats import FORMATS
 from shared_specs.inputs import KINDS
-from shared_specs.programs import norm, optimizer, reduce, softmax
+from shared_specs.programs import attention, norm, optimizer, reduce, softmax
 from shared_specs.programs.catalogue import COLUMN_PROGRAMS, SCALARS
 from shared_specs.reference import NumpyArithmetic
 from shared_specs.rotary import inverse_frequencies
@@ -24,7 +24,7 @@ from shared_specs.rows import ColumnProgram
 from tests.arrays import DTYPES, assert_same, draw
 from tests.interpreters.triton import gpu_arithmetic, interpreted
 from tests.row_calls import ROW_CALLS
-from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected
+from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, uneven_rows
 from tests.test_scalar import fma_triples, patterns
 
 dtypes = pytest.mark.parametrize("dtype", FORMATS)
@@ -172,6 +172,13 @@ def test_long_rows(program, monkeypatch):
     with small_tiles(monkeypatch):
         for name, value in run(program, inputs, out_dtypes(program, "float32")).items():
             assert_same(value, whole[name])
+
+
+def test_segments_of_different_maxima(monkeypatch):
+    inputs = {"x": uneven_rows(20_000), "length": torch.tensor([20_000, 16_385, 9000, 20_000, 5, 20_000])}
+    check(attention.attention_softmax(True), inputs, "float32")
+    with small_tiles(monkeypatch):
+        check(attention.attention_softmax(True), inputs, "float32")
 
 
 @pytest.mark.parametrize("n", [2, 3, 1023, 1024, 8191, 8192, 24_577, 70_000])

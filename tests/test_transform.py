@@ -350,7 +350,7 @@ def test_explain():
     assert rows["dot_general"].shapes == "bf16[2,8], bf16[8,8] -> bf16[2,8]"
     assert rows["dot_general"].contract.startswith("gemm-v1-bfloat16-")
     assert rows["exp"].contract.endswith(" on a CPU")
-    assert rows["reduce_sum"].contract.startswith("sum-v1-")
+    assert rows["reduce_sum"].contract.startswith("sum-v2-")
     assert "test_transform.py" in rows["cumsum"].contract
     assert (rows["cumsum"].treatment, rows["div"].treatment, rows["broadcast_in_dim"].treatment) == (
         "uncovered",

@@ -13,13 +13,13 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from bi_torch.rows import cuda, triton_kernels, triton_shared_rows
-from shared_specs.programs import norm, optimizer, pointwise, reduce, softmax
+from shared_specs.programs import attention, norm, optimizer, pointwise, reduce, softmax
 from shared_specs.programs.catalogue import COLUMN_PROGRAMS, SCALARS
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ColumnProgram
 from tests.arrays import DTYPES, assert_same, to_bits
 from tests.interpreters.triton import gpu_arithmetic, interpreted
-from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected
+from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, uneven_rows
 
 KERNELS = interpreted(triton_kernels)
 with mock.patch.dict(sys.modules, {triton_kernels.__name__: KERNELS}):
@@ -141,11 +141,21 @@ def test_rows_of_infinities():
     check(softmax.LOGSUMEXP, 6, 9000, schedule=RowSchedule(blocks_per_row=2), inputs={"x": x})
 
 
+HELD_OR_NOT = [RowSchedule(warps=16), RowSchedule(cooperative=True), RowSchedule(blocks_per_row=3)]
+
+
+@pytest.mark.parametrize("schedule", HELD_OR_NOT, ids=repr)
+def test_segments_of_different_maxima(schedule):
+    """Terms stay in registers, or are computed again with the maximum of their segment."""
+    inputs = {"x": uneven_rows(9000)[1:].bfloat16(), "length": torch.tensor([9000, 8300, 9000, 5, 9000])}
+    check(attention.attention_softmax(True), 5, 9000, schedule=schedule, inputs=inputs)
+
+
 @pytest.mark.parametrize("most", [1, 2])
 def test_rows_of_very_many_segments(monkeypatch, most):
     monkeypatch.setattr(cuda, "_MOST_COUNT", most)
     monkeypatch.setattr(cuda, "_COMBINED", 2)
-    for program in (softmax.LOG_SOFTMAX, reduce.AMAX, reduce.VAR):
+    for program in (softmax.SOFTMAX, softmax.LOG_SOFTMAX, reduce.AMAX, reduce.VAR):
         check(program, 2, 5 * 8192 - 100, "bfloat16", RowSchedule(blocks_per_row=2, warps=8))
 
 
@@ -243,6 +253,7 @@ COMPILED = [
     (softmax.SOFTMAX, 65536, 128, "bfloat16", None),
     (softmax.SOFTMAX, 4096, 16384, "bfloat16", None),
     (softmax.SOFTMAX, 4, 151936, "float32", None),
+    (softmax.SOFTMAX, 4, 151936, "bfloat16", RowSchedule(warps=8, blocks_per_row=4)),
     (norm.layer_norm(True, True), 8192, 8192, "float32", None),
     (norm.layer_norm_backward(True), 65536, 512, "float32", None),
     (norm.rms_norm_backward(True), 16384, 4096, "bfloat16", RowSchedule(block_rows=2)),
@@ -285,6 +296,14 @@ def test_only_the_program_asks_for_fma():
     assert re.search(r"\bmul\.rn\.f32", kernel.asm["ptx"])
     (kernel,) = compiled(softmax.SOFTMAX, 64, 4096, "float32", RowSchedule())
     assert re.search(r"\bfma\.rn\.f32", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize(("rows", "n", "held"), [(16_384, 4096, 4096), (4096, 16_384, 16_384), (2048, 151_936, 8192)])
+def test_softmax_computes_an_exponential_once(rows, n, held):
+    """It takes nine fma."""
+    (kernel,) = compiled(softmax.SOFTMAX, rows, n, "bfloat16")
+    values = held // (32 * kernel.metadata.num_warps)
+    assert 9 * values <= kernel.asm["ptx"].count("fma.rn.f32") < 10 * values
 
 
 @pytest.mark.parametrize("n", [100, 20_000, 2_000_000])

@@ -20,6 +20,7 @@ from bi_jax.rows.cpu_arithmetic import CpuArithmetic
 from shared_specs import sum_exp
 from shared_specs.formats import FLOAT32, FloatFormat, float_format
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram, Formula, Reduction, RowContract, RowProgram
+from shared_specs.trace import terms_read
 
 BLOCK = 1 << 16  # elements worked on at a time: their float64 values stay in the cache
 BLOCK_COLUMNS = 64  # columns summed at a time
@@ -138,6 +139,7 @@ class _Block:
         whole = self.width * self.parts
         self.elements = {name: operands[name].padded(1, whole) for name in program.elements}
         self.columns = {name: operands[name].padded(0, whole) for name in program.columns}
+        self.maxima: Arrays = {}  # those of the segments, for each sum of exponentials
 
     def run(self, formats: Mapping[str, FloatFormat]) -> Arrays:
         """The patterns of every output."""
@@ -145,9 +147,7 @@ class _Block:
             setattr(self.e, reduction.name, self._reduction(reduction))
         results = {}
         if self.program.outputs:
-            parts = self._each_part(
-                lambda j: {name: self._pattern(of, formats[name], j) for name, of in self.program.outputs.items()}
-            )
+            parts = self._each_part(lambda j: self._patterns(formats, j))
             # There are several parts of one row, or one part of several rows.
             results = {name: x.reshape(self.rows, -1)[:, : self.n] for name, x in parts.items()}
         for name, of in self.program.row_outputs.items():
@@ -160,40 +160,60 @@ class _Block:
             sums = self._each_part(lambda j: _segment_sums(self._values(reduction.of, j, 0.0), self.contract))
             return _tree(sums.reshape(self.rows, -1), axis=1)[:, None]
         if reduction.kind == "sum_exp":
-            return self._sum_exp(reduction.of)
+            return self._sum_exp(reduction)
         fold, fill = (_max, -np.inf) if reduction.kind == "max" else (_min, np.inf)
         return fold(self._each_part(lambda j: fold(self._values(reduction.of, j, fill))).reshape(self.rows, -1))[:, None]
 
-    def _sum_exp(self, of: Formula) -> sum_exp.SumExp:
-        def part(j: jax.Array | int) -> sum_exp.SumExp:
-            values = _split(self._values(of, j, -np.inf), self.contract.segment, -np.inf)
+    def _sum_exp(self, reduction: Reduction) -> sum_exp.SumExp:
+        def part(j: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+            values = _split(self._values(reduction.of, j, -np.inf), self.contract.segment, -np.inf)
             maxima = _max(values)
             terms = sum_exp.term(_F, values, maxima[..., None])
             terms = terms.reshape(self.rows, -1)
-            return sum_exp.SumExp(maxima, _segment_sums(terms, self.contract))
+            return maxima, _segment_sums(terms, self.contract)
 
-        parts = self._each_part(part)
-        segments = sum_exp.SumExp(*(x.reshape(self.rows, -1) for x in parts))
+        segments = sum_exp.SumExp(*(x.reshape(self.rows, -1) for x in self._each_part(part)))
+        self.maxima[reduction.name] = segments.max
         row_max = _max(segments.max)[:, None]
         return sum_exp.SumExp(row_max, _tree(sum_exp.rescaled(_F, segments, row_max), axis=1)[:, None])
 
     def _each_part(self, f: Callable[[Any], Any]) -> Any:
         return f(0) if self.parts == 1 else lax.map(f, jnp.arange(self.parts))
 
-    def _values(self, of: Formula, part: Any, fill: float) -> jax.Array:
-        """A formula's values on one part, [rows, width], `fill` behind the end of the row."""
+    def _cells(self, part: Any) -> SimpleNamespace:
+        """What formulas read on one part."""
         start = part * self.width
         e = SimpleNamespace(**vars(self.e), column=(start + jnp.arange(self.width)).astype(jnp.int32)[None, :])
         for name, x in self.elements.items():
             setattr(e, name, x.part(start, self.width, axis=1).values())
         for name, x in self.columns.items():
             setattr(e, name, x.part(start, self.width).values()[None, :])
+        return e
+
+    def _values(self, of: Formula, part: Any, fill: float) -> jax.Array:
+        """A formula's values on one part, [rows, width], `fill` behind the end of the row."""
+        e = self._cells(part)
         values = jnp.broadcast_to(of(_F, e), (self.rows, self.width))
         return values if self.parts * self.width == self.n else jnp.where(e.column < self.n, values, fill)
 
-    def _pattern(self, of: Formula, fmt: FloatFormat, part: Any) -> jax.Array:
-        values = self._values(of, part, 0.0)
-        return encode(values if fmt is FLOAT32 else round_to(values, fmt), fmt)
+    def _patterns(self, formats: Mapping[str, FloatFormat], part: Any) -> Arrays:
+        """The outputs on one part; what lies behind the end of the row is anything."""
+        e, results = self._cells(part), {}
+        for reduction in terms_read(self.program):
+            setattr(e, reduction.name, self._with_terms(reduction, e))
+        for name, of in self.program.outputs.items():
+            values, fmt = jnp.broadcast_to(of(_F, e), (self.rows, self.width)), formats[name]
+            results[name] = encode(values if fmt is FLOAT32 else round_to(values, fmt), fmt)
+        return results
+
+    def _with_terms(self, reduction: Reduction, e: SimpleNamespace) -> sum_exp.SumExp:
+        """A sum of exponentials with the term and the weight of every element."""
+        row, maxima = getattr(e, reduction.name), self.maxima[reduction.name]
+        weights = sum_exp.weight(_F, maxima, row.max)
+        if maxima.shape[1] > 1:
+            segment = e.column[0] // self.contract.segment
+            maxima, weights = maxima[:, segment], lax.optimization_barrier(weights)[:, segment]
+        return row._replace(term=sum_exp.term(_F, reduction.of(_F, e), maxima), weight=weights)
 
 
 class _Patterns:

@@ -105,7 +105,7 @@ def row_formulas(program: RowProgram, n: int, one_segment: bool, dtypes: tuple[t
     for reduction in program.reductions:
         name, value = reduction.name, reduction.of(f, e)
         result = f.input(name, Level.ROW)
-        segment = result if one_segment else f.input(f"{name} of a segment", Level.ROW)
+        segment = result if one_segment else f.input(f"{name} of a segment", Level.SEGMENT)
         part = f.input(f"{name} parts", Level.ELEMENT)
         if reduction.kind != "sum_exp":
             combination = Combination(reduction.kind, (part,), part, result)
@@ -113,16 +113,17 @@ def row_formulas(program: RowProgram, n: int, one_segment: bool, dtypes: tuple[t
             setattr(e, name, result)
             continue
         largest = f.input(f"{name} maximum", Level.ROW)
-        segment_largest = largest if one_segment else f.input(f"{name} maximum of a segment", Level.ROW)
+        segment_largest = largest if one_segment else f.input(f"{name} maximum of a segment", Level.SEGMENT)
+        term, weight = sum_exp.term(f, value, segment_largest), sum_exp.weight(f, segment_largest, largest)
         largest_part = f.input(f"{name} maxima", Level.ELEMENT)
         rescaled = sum_exp.rescaled(f, sum_exp.SumExp(largest_part, part), largest)
-        steps = Step("max", value, segment_largest), Step("sum", sum_exp.term(f, value, segment_largest), segment)
+        steps = Step("max", value, segment_largest), Step("sum", term, segment)
         combinations = (
             Combination("max", (largest_part,), largest_part, largest),
             Combination("sum", (largest_part, part), rescaled, result),
         )
         stages.append(Stage(steps, combinations))
-        setattr(e, name, sum_exp.SumExp(largest, result))
+        setattr(e, name, sum_exp.SumExp(largest, result, term, 1.0 if one_segment else weight))
     formats = dict(dtypes)
     outputs = {name: of(f, e) for name, of in program.outputs.items()}
     outputs = {name: f.canonical(node) if formats[name] == "float32" else node for name, node in outputs.items()}

@@ -10,7 +10,8 @@ end counts as a zero, or as an infinity for maxima and minima.
 
 - A row of one segment stays in the registers of one warpgroup. A block has several warpgroups for more rows.
 - The segments of a longer row are dealt out to the warpgroups of one block, which meet in shared memory; or to those of
-  several blocks, which leave the results of their segments in memory for the next kernel (`Plan.blocks` > 1).
+  several blocks, which leave the results of their segments in memory for the next kernel (`Plan.blocks` > 1). There outputs
+  find a segment's results, too, if they need them and its elements did not stay in registers.
 - Or each warpgroup takes one segment of a longer row, keeps it, and waits until the row's other segments have left their
   results in memory (`Plan.together`). Tickets say which segment is next, and a warpgroup goes on until there is none, so those
   that it waits for are taken, or will be by warpgroups that wait for earlier rows at most: as many as a row has segments must
@@ -20,6 +21,7 @@ end counts as a zero, or as an infinity for maxima and minima.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -266,7 +268,7 @@ class Worker:
             @pl.when(condition)
             def _(lengths: list[int] = lengths) -> None:
                 scope = self.row(call, row)
-                held = [(worker, *self._segment(scope, row, worker, length)) for length in lengths]
+                held = [(worker, *self._segment(scope, row, at, worker, length)) for length in lengths]
                 values = [stage.steps[0].value for stage in self.formulas.stages]
                 self.fetch([chunks for _, _, chunks in held], [*values, *self.outputs])
                 self._phases(scope, row, at, worker, phases, meet, held)
@@ -280,16 +282,16 @@ class Worker:
         for phase in phases:
             if phase == len(stages):
                 scope.prepare_for(self.outputs)
-                self.each_segment(scope, row, worker, held, lambda _, part, chunks: self._store_segment(part, row, chunks))
+                self.each_segment(scope, row, at, worker, held, lambda _, part, chunks: self._store_segment(part, row, chunks))
                 pl.when(worker == 0)(lambda: self.store_row(scope, row))
             else:
                 scope.prepare_for([stages[phase].steps[0].value])
-                self.each_segment(scope, row, worker, held, functools.partial(self._partial, phase, at))
+                self.each_segment(scope, row, at, worker, held, functools.partial(self._partial, phase, at))
                 if len(phases) > 1:
                     meet(phase)
                     self.combine(stages[phase], scope, self.partials[phase], at)
 
-    def each_segment(self, scope: Scope, row: Any, worker: Any, held: list | None, run: Callable) -> None:
+    def each_segment(self, scope: Scope, row: Any, at: Any, worker: Any, held: list | None, run: Callable) -> None:
         """`run(index, scope, chunks)` for the segments of this worker."""
         plan = self.plan
         if held is not None:
@@ -299,7 +301,7 @@ class Worker:
         whole, rest = divmod(plan.n, SEGMENT)
 
         def segment(index: Any, length: int) -> None:
-            run(index, *self._segment(scope, row, index, length))
+            run(index, *self._segment(scope, row, at, index, length))
 
         if whole:
             count = lax.div(whole - worker + plan.workers - 1, jnp.int32(plan.workers))
@@ -307,9 +309,15 @@ class Worker:
         if rest:
             pl.when(worker == whole % plan.workers)(lambda: segment(jnp.int32(whole), rest))
 
-    def _segment(self, scope: Scope, row: Any, index: Any, length: int) -> tuple[Scope, list[Chunk]]:
+    def _segment(self, scope: Scope, row: Any, at: Any, index: Any, length: int) -> tuple[Scope, list[Chunk]]:
         """The scopes of a segment and of its chunks."""
-        part = Scope(Level.ROW, scope.load, scope)
+        results = [step.result for stage in self.formulas.stages for step in stage.steps]
+
+        def load(node: Node) -> jax.Array:
+            ref, place = [*itertools.chain(*self.partials)][results.index(node)], Place(self.plan.segments)
+            return LoadValue("float32", place, self.plan.together)(ref, at, index)
+
+        part = Scope(Level.SEGMENT, load, scope)
         return part, self.chunks(part, row, index * SEGMENT, length)
 
     def _partial(self, phase: int, at: Any, index: Any, part: Scope, chunks: list[Chunk]) -> None:

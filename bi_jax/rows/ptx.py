@@ -3,8 +3,8 @@
 Inline PTX is final: every operation is one instruction with its own rounding, which no compiler contracts, reassociates or
 flushes. A formula is one piece of text, so its size costs little at compile time.
 
-An operation stands at the level of its operands: of the call (scalars), of a row (reductions) or of an element. What is not
-of an element is computed once a row, however often the elements read it.
+An operation stands at the level of its operands: of the call (scalars), of a row (reductions), of a segment of it or of an
+element. What is of a row is computed once a row, however often the elements read it; likewise what is of a segment.
 """
 
 import math
@@ -24,7 +24,8 @@ class Level(IntEnum):
 
     CALL = 0
     ROW = 1
-    ELEMENT = 2
+    SEGMENT = 2
+    ELEMENT = 3
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ WARP = 32
 class Scope:
     """The values of nodes that are in registers, and how to get those that are not.
 
-    Scopes nest: a chunk's in its row's, that in the call's. What is computed for a scope stays in it, so a scope must not be
-    used beyond the loop or the branch in which it was opened.
+    Scopes nest: a chunk's in its segment's, that in its row's, that in the call's. What is computed for a scope stays in it,
+    so a scope must not be used beyond the loop or the branch in which it was opened.
     """
 
     def __init__(self, level: Level, load: Callable[[Node], jax.Array], outer: "Scope | None" = None) -> None:

@@ -164,11 +164,12 @@ class Store(Instruction):
 class LoadValue(Instruction):
     """(ref, row, column): one element a thread, that of the thread's row, widened to 32 bits; 0 where the array has none.
 
-    `column` may be an array, of one column a thread: NaN where the array has none.
+    `column` may be an array, of one column a thread: NaN where the array has none. `coherent` as in `Load`.
     """
 
     dtype: str
     place: Place
+    coherent: bool = False
 
     references = 1
 
@@ -182,7 +183,8 @@ class LoadValue(Instruction):
             column = _extract(column, 0)
         inside = self.place.inside(row, column)
         element = utils.dtype_to_ir_type(jnp.dtype(self.dtype))
-        words = _load(_address(ref, self.place.offset(row, column)), inside, utils.bytewidth(element), _space(ref))
+        size, space = utils.bytewidth(element), _space(ref)
+        words = _load(_address(ref, self.place.offset(row, column)), inside, size, space, self.coherent and space == "global")
         value = _extract(_bitcast_words(words, element), 0)
         if utils.bitwidth(element) == 16:
             value = llvm.fpext(ir.F32Type.get(), value)

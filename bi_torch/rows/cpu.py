@@ -16,6 +16,7 @@ from torch import Tensor
 from bi_torch.rows.cpu_arithmetic import F32, I32, TorchArithmetic, encode
 from shared_specs import sum_exp
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram, Reduction, RowContract, RowProgram
+from shared_specs.trace import terms_read
 
 SERIAL = 1 << 15
 """Elements up to which torch runs an operation on the calling thread alone; also what fits the cache."""
@@ -84,22 +85,35 @@ def _run_block(
     for name, (element, index) in program.gathered.items():
         setattr(common, name, _gather(inputs[element], inputs[index]))
 
-    def values(of: Callable[..., Tensor], part: slice) -> Tensor:
-        """A formula on the columns of `part`, as float32 [rows, columns]."""
+    def cells(part: slice) -> SimpleNamespace:
+        """What formulas read on the columns of `part`."""
         e = SimpleNamespace(**vars(common))
         for name in program.elements:
             setattr(e, name, inputs[name][:, part].to(F32))
         for name in program.columns:
             setattr(e, name, inputs[name][None, part].to(F32))
         e.column = torch.arange(part.start, part.stop, dtype=I32, device="cpu")[None]
-        return of(_F, e).expand(rows, part.stop - part.start)
+        return e
 
+    def values(of: Callable[..., Tensor], e: SimpleNamespace) -> Tensor:
+        """A formula as float32 [rows, columns]."""
+        return of(_F, e).expand(rows, e.column.shape[1])
+
+    maxima = {}
     for reduction in program.reductions:
-        blocks = (values(reduction.of, part) for part in parts)
-        setattr(common, reduction.name, _reduce(reduction, blocks, contract))
+        blocks = (values(reduction.of, cells(part)) for part in parts)
+        if reduction.kind == "sum_exp":
+            segments = _segment_sum_exps(blocks, contract)
+            maxima[reduction.name] = segments.max
+            setattr(common, reduction.name, _row_sum_exp(segments))
+        else:
+            setattr(common, reduction.name, _reduce(reduction, blocks, contract))
     for part in parts:
+        e = cells(part)
+        for reduction in terms_read(program):
+            setattr(e, reduction.name, _with_terms(reduction, e, maxima[reduction.name], contract))
         # All are computed before one is written: an output may be an input.
-        computed = {name: encode(values(of, part), results[name].dtype) for name, of in program.outputs.items()}
+        computed = {name: encode(values(of, e), results[name].dtype) for name, of in program.outputs.items()}
         for name, value in computed.items():
             results[name][:, part] = value
     for name, of in program.row_outputs.items():
@@ -157,21 +171,37 @@ def _gather(x: Tensor, ids: Tensor) -> Tensor:
     return torch.where(inside[:, None], chosen, torch.nan)
 
 
-def _reduce(reduction: Reduction, blocks: Iterator[Tensor], contract: RowContract) -> Tensor | sum_exp.SumExp:
-    """The reduction of a row that comes in blocks [R, n] of whole segments, as [R, 1]."""
+def _reduce(reduction: Reduction, blocks: Iterator[Tensor], contract: RowContract) -> Tensor:
+    """The sum, maximum or minimum of a row that comes in blocks [R, n] of whole segments, as [R, 1]."""
     if reduction.kind in ("max", "min"):
         largest = reduction.kind == "max"
         return _extreme(torch.cat([_extreme(x, largest) for x in blocks], 1), largest)
-    parts = (part for x in blocks for part in _segments(x, contract))
-    if reduction.kind == "sum":
-        return _row_total(torch.cat([_lanes_total(x, contract) for x in parts], 1))
+    return _row_total(torch.cat([_lanes_total(part, contract) for x in blocks for part in _segments(x, contract)], 1))
+
+
+def _segment_sum_exps(blocks: Iterator[Tensor], contract: RowContract) -> sum_exp.SumExp:
+    """The maxima and the sums of a row's segments, [R, segments]."""
     maxima, sums = [], []
-    for x in parts:
-        maxima.append(_extreme(x, largest=True))
-        sums.append(_lanes_total(sum_exp.term(_F, x, maxima[-1]), contract))
-    segments = sum_exp.SumExp(torch.cat(maxima, 1)[:, :, 0], torch.cat(sums, 1))
+    for part in (part for x in blocks for part in _segments(x, contract)):
+        maxima.append(_extreme(part, largest=True))
+        sums.append(_lanes_total(sum_exp.term(_F, part, maxima[-1]), contract))
+    return sum_exp.SumExp(torch.cat(maxima, 1)[:, :, 0], torch.cat(sums, 1))
+
+
+def _row_sum_exp(segments: sum_exp.SumExp) -> sum_exp.SumExp:
+    """Those of the row, [R, 1]."""
     row_max = _extreme(segments.max, largest=True)
     return sum_exp.SumExp(row_max, _row_total(sum_exp.rescaled(_F, segments, row_max)))
+
+
+def _with_terms(reduction: Reduction, e: SimpleNamespace, maxima: Tensor, contract: RowContract) -> sum_exp.SumExp:
+    """A sum of exponentials with the term and the weight of every element; `maxima` are its segments', [R, segments]."""
+    row = getattr(e, reduction.name)
+    weights = sum_exp.weight(_F, maxima, row.max)
+    if maxima.shape[1] > 1:
+        segment = e.column[0] // contract.segment
+        maxima, weights = maxima[:, segment], weights[:, segment]
+    return row._replace(term=sum_exp.term(_F, reduction.of(_F, e), maxima), weight=weights)
 
 
 def _segments(x: Tensor, contract: RowContract) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from triton.language.core import builtin
 
 from shared_specs import sum_exp
 from shared_specs.rows import ColumnProgram, RowProgram
-from shared_specs.trace import contract_id
+from shared_specs.trace import contract_id, outputs_read_elements, terms_read
 
 _NARROW = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 _SIGN = -(2**31)
@@ -36,6 +36,15 @@ class Formulas:
     def __repr__(self) -> str:
         return f"{contract_id(self.program)}-{_LOWERING}"
 
+    def reads_terms(self, index: int) -> bool:
+        """Whether outputs read the terms of reduction `index`."""
+        assert isinstance(self.program, RowProgram)
+        return self.program.reductions[index] in terms_read(self.program)
+
+    def reads_elements(self) -> bool:
+        """Whether outputs read elements."""
+        return outputs_read_elements(self.program)
+
 
 @constexpr_function
 def reduction_count(formulas):
@@ -47,6 +56,18 @@ def reduction_count(formulas):
 def kind_of(formulas, index):
     """The kind of a reduction."""
     return formulas.program.reductions[index].kind
+
+
+@constexpr_function
+def reads_terms(formulas, index):
+    """Whether outputs read the terms of a reduction."""
+    return formulas.reads_terms(index)
+
+
+@constexpr_function
+def reads_elements(formulas):
+    """Whether outputs read elements."""
+    return formulas.reads_elements()
 
 
 @constexpr_function
@@ -198,7 +219,7 @@ def evaluate(formulas, group, index, values, row_values, reduced, column, shape,
         group, index: which formula.
         values: elements and columns, in the program's order.
         row_values: rows, ids, scalars, integers, gathered and the count.
-        reduced: states of the reductions so far.
+        reduced: states of the reductions so far; for outputs, that of a sum of exponentials goes on with term and weight.
         column: the element's index in its row, int32.
         shape: shape of the result.
     """
@@ -210,7 +231,8 @@ def evaluate(formulas, group, index, values, row_values, reduced, column, shape,
             setattr(e, name, value.value if isinstance(value, tl.constexpr) else value)
     reductions = getattr(program, "reductions", ())
     for reduction, state in zip(reductions, reduced, strict=False):
-        setattr(e, reduction.name, sum_exp.SumExp(*state) if reduction.kind == "sum_exp" else state[0])
+        numbers = [value.value if isinstance(value, tl.constexpr) else value for value in state]
+        setattr(e, reduction.name, sum_exp.SumExp(*numbers) if reduction.kind == "sum_exp" else numbers[0])
     formula = reductions[index].of if group == "reductions" else list(getattr(program, group).values())[index]
     f = TritonArithmetic(_semantic)
     shape = [int(extent.value) if isinstance(extent, tl.constexpr) else int(extent) for extent in shape]
@@ -253,6 +275,12 @@ def exp_term(x, segment_max, _semantic=None):
 def rescaled(segment_max, segment_sum, row_max, _semantic=None):
     """`sum_exp.rescaled`."""
     return sum_exp.rescaled(TritonArithmetic(_semantic), sum_exp.SumExp(segment_max, segment_sum), row_max)
+
+
+@builtin
+def weight(segment_max, row_max, _semantic=None):
+    """`sum_exp.weight`."""
+    return sum_exp.weight(TritonArithmetic(_semantic), segment_max, row_max)
 
 
 @builtin

@@ -31,9 +31,12 @@ from bi_torch.rows.triton_arithmetic import (
     kind_of,
     larger,
     last_reading_stage,
+    reads_elements,
+    reads_terms,
     reduction_count,
     rescaled,
     smaller,
+    weight,
 )
 
 
@@ -231,14 +234,14 @@ def _segment_results(
     BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """What reduction INDEX makes of each segment: a tuple of [BLOCK_ROWS, SEGMENTS, 1]."""
+    """What reduction INDEX makes of each segment, a tuple of [BLOCK_ROWS, SEGMENTS, 1]; and the terms of a sum_exp by tiles."""
     KIND: tl.constexpr = kind_of(FORMULAS, INDEX)
     shared = _load(columns, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, "evict_last")
     values = _reduced_values(
         FORMULAS, INDEX, tiles, shared, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, PACKED
     )
     if KIND == "sum":
-        return (_lane_sums(values, CHUNKS),)
+        return (_lane_sums(values, CHUNKS),), ()
     else:
         extreme = values[0]
         for i in tl.static_range(1, len(values)):
@@ -252,9 +255,37 @@ def _segment_results(
             terms = ()
             for i in tl.static_range(len(values)):
                 terms = terms + (exp_term(values[i], extreme),)
-            return extreme, _lane_sums(terms, CHUNKS)
+            return (extreme, _lane_sums(terms, CHUNKS)), terms
         else:
-            return (extreme,)
+            return (extreme,), ()
+
+
+@triton.jit
+def _weights(segment_max, row_max):
+    """`sum_exp.weight` of each segment; that of a single one is a scalar, as `_row_result` is."""
+    if segment_max.shape[0] == 1 and segment_max.shape[1] == 1:
+        return weight(tl.reshape(tl.reshape(segment_max, [1]), []), row_max)
+    else:
+        return weight(segment_max, row_max)
+
+
+@triton.jit
+def _with_terms(
+    FORMULAS: tl.constexpr, reduced, of_segments, tile, row_values, column, TILE: tl.constexpr, SHAPE: tl.constexpr
+):  # fmt: skip
+    """The reductions as outputs read them: sums of exponentials go on with the term and the weight of each element."""
+    result = ()
+    for i in tl.static_range(len(reduced)):
+        state = reduced[i]
+        if reads_terms(FORMULAS, i):
+            weights, maxima, terms = of_segments[i]
+            if len(terms) > 0:
+                term = terms[TILE]
+            else:
+                term = exp_term(evaluate(FORMULAS, "reductions", i, tile, row_values, reduced, column, SHAPE), maxima)
+            state = state + (term, weights)
+        result = result + (state,)
+    return result
 
 
 @triton.jit
@@ -301,20 +332,26 @@ def _transposed(results):
 
 @triton.jit
 def _store_outputs(
-    FORMULAS: tl.constexpr, outputs, tiles, columns, row_values, reduced, base, row, R, N,
+    FORMULAS: tl.constexpr, outputs, tiles, columns, row_values, reduced, of_segments, base, row, R, N,
     BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
     PACKED: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Every output of the program for the columns of the tiles.
 
-    Inputs [N] are read again, one tile ahead of their use, rather than held in registers since the reductions.
+    Inputs [N] are read again, one tile ahead of their use, rather than held in registers since the reductions. `of_segments`
+    has for each reduction whose terms outputs read the segments' weights and maxima, and the terms by tiles: those stay in
+    registers, in the place of elements that only reductions read. Where there are none, they are computed again.
     """
     SHAPE: tl.constexpr = (BLOCK_ROWS, base.shape[1], PIECE)
     column = _column(base, 0, 0, LANES, PIECE)
     following = _load_tile(columns, column, N, BLOCK_ROWS, FULL == 0, "evict_last")
     for piece in tl.static_range(LANES // PIECE):
         for chunk in tl.static_range(CHUNKS):
-            tile, here = _numbers(tiles[piece * CHUNKS + chunk], PACKED) + _numbers(following, False), column
+            tile = _numbers(tiles[piece * CHUNKS + chunk], PACKED and reads_elements(FORMULAS)) + _numbers(following, False)
+            here = column
+            results = _with_terms(
+                FORMULAS, reduced, of_segments, tile, row_values, here.to(tl.int32), piece * CHUNKS + chunk, SHAPE
+            )
             if chunk + 1 < CHUNKS:
                 column = _column(base, chunk + 1, piece, LANES, PIECE)
                 following = _load_tile(columns, column, N, BLOCK_ROWS, chunk + 1 >= FULL, "evict_last")
@@ -322,7 +359,7 @@ def _store_outputs(
                 column = _column(base, 0, piece + 1, LANES, PIECE)
                 following = _load_tile(columns, column, N, BLOCK_ROWS, FULL == 0, "evict_last")
             for i in tl.static_range(len(outputs)):
-                value = evaluate(FORMULAS, "outputs", i, tile, row_values, reduced, here.to(tl.int32), SHAPE)
+                value = evaluate(FORMULAS, "outputs", i, tile, row_values, results, here.to(tl.int32), SHAPE)
                 if chunk >= FULL:
                     if BLOCK_ROWS == 1:
                         _store(_per_row(outputs[i]) + here, value, here < N, EVICTION)
@@ -367,16 +404,18 @@ def _resident(
     pointers = _row_pointers(elements, strides, source, UNIT)
     tiles = _load(pointers, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, "evict_first")
     row_values = _row_values(source, pointers, rows, ids, scalars, integers, N, GATHERED)
-    reduced = ()
+    reduced, of_segments = (), ()
     for i in tl.static_range(reduction_count(FORMULAS)):
-        results = _segment_results(
+        results, terms = _segment_results(
             FORMULAS, i, tiles, columns, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, SEGMENTS > 1
         )
         reduced = reduced + (_row_result(kind_of(FORMULAS, i), _transposed(results)),)
+        weights = _weights(results[0], reduced[i][0]) if SEGMENTS > 1 and reads_terms(FORMULAS, i) else 1.0
+        of_segments = of_segments + ((weights, results[0], terms),)
     targets = _row_pointers(outputs, output_strides, row, UNIT)
     _store_outputs(
-        FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL,
-        SEGMENTS > 1, "",
+        FORMULAS, targets, tiles, columns, row_values, reduced, of_segments, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE,
+        FULL, SEGMENTS > 1, "",
     )  # fmt: skip
     _store_row_outputs(FORMULAS, row_outputs, row_values, reduced, row, R, BLOCK_ROWS)
 
@@ -458,7 +497,7 @@ def rows_staged(
                 "evict_first" if stage >= last_reading_stage(FORMULAS) else "evict_last",
             )  # fmt: skip
             if stage < reduction_count(FORMULAS):
-                results = _segment_results(
+                results, _ = _segment_results(
                     FORMULAS, stage, tiles, columns, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL,
                     False,
                 )  # fmt: skip
@@ -466,9 +505,17 @@ def rows_staged(
                     inside = _per_row(row < R) & (segment < segments)
                     tl.store(partials[stage][i] + _per_row(row) * segments + segment, results[i], mask=inside)
             else:
+                of_segments = ()
+                for i in tl.static_range(stage):
+                    if reads_terms(FORMULAS, i):
+                        at = partials[i][0] + _per_row(source) * segments + segment
+                        maxima = tl.load(at, mask=segment < segments, other=0.0)
+                        of_segments = of_segments + ((_weights(maxima, reduced[i][0]), maxima, ()),)
+                    else:
+                        of_segments = of_segments + ((),)
                 _store_outputs(
-                    FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, BLOCK_ROWS, CHUNKS, LANES, PIECE,
-                    FULL, False, "evict_first",
+                    FORMULAS, targets, tiles, columns, row_values, reduced, of_segments, base, row, R, N, BLOCK_ROWS, CHUNKS,
+                    LANES, PIECE, FULL, False, "evict_first",
                 )  # fmt: skip
         if stage < LAST - 1:
             tl.debug_barrier()

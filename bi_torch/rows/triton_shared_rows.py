@@ -12,7 +12,7 @@ else. So the kernel ends if as many programs as a row has segments fit on the GP
 import triton
 import triton.language as tl
 
-from bi_torch.rows.triton_arithmetic import kind_of, reduction_count
+from bi_torch.rows.triton_arithmetic import kind_of, reads_terms, reduction_count
 from bi_torch.rows.triton_kernels import (
     _finished,
     _load,
@@ -21,6 +21,7 @@ from bi_torch.rows.triton_kernels import (
     _segment_results,
     _store_outputs,
     _store_row_outputs,
+    _weights,
 )
 
 
@@ -57,9 +58,9 @@ def rows_shared(
     pointers = _row_pointers(elements, strides, row, UNIT)
     tiles = _load(pointers, base, N, 1, CHUNKS, LANES, PIECE, FULL, "evict_first")
     row_values = _row_values(row, pointers, rows, ids, scalars, integers, N, GATHERED)
-    reduced = ()
+    reduced, of_segments = (), ()
     for i in tl.static_range(reduction_count(FORMULAS)):
-        results = _segment_results(
+        results, terms = _segment_results(
             FORMULAS, i, tiles, columns, row_values, reduced, base, N, 1, CHUNKS, LANES, PIECE, FULL, True
         )
         for j in tl.static_range(len(results)):
@@ -67,10 +68,12 @@ def rows_shared(
         _meet(counters + 1 + row * reduction_count(FORMULAS) + i, segments)
         # Other multiprocessors stored these: not through the L1 cache.
         reduced = reduced + (_finished(kind_of(FORMULAS, i), partials[i], row, segments, COUNT, ".cg"),)
+        weights = _weights(results[0], reduced[i][0]) if reads_terms(FORMULAS, i) else 1.0
+        of_segments = of_segments + ((weights, results[0], terms),)
     targets = _row_pointers(outputs, output_strides, row, UNIT)
     _store_outputs(
-        FORMULAS, targets, tiles, columns, row_values, reduced, base, row, R, N, 1, CHUNKS, LANES, PIECE, FULL, True,
-        "evict_first",
+        FORMULAS, targets, tiles, columns, row_values, reduced, of_segments, base, row, R, N, 1, CHUNKS, LANES, PIECE, FULL,
+        True, "evict_first",
     )  # fmt: skip
     if ticket % segments == 0:
         _store_row_outputs(FORMULAS, row_outputs, row_values, reduced, row, R, 1)

@@ -5,9 +5,8 @@ A row of scores admits its first `length` columns; what stands behind them is no
 
 from functools import cache
 
-from shared_specs import scalar
 from shared_specs.rows import Reduction, RowProgram
-from shared_specs.sum_exp import INF, shift
+from shared_specs.sum_exp import INF, share
 
 
 @cache
@@ -15,8 +14,7 @@ def attention_softmax(prefix: bool) -> RowProgram:
     """softmax of a row, 0 where nothing is admitted and where every admitted score is -inf."""
 
     def weight(f, e):
-        y = f.mul(scalar.exp_nonpositive(f, f.sub(e.x, shift(f, e.stats.max))), f.div(1.0, e.stats.sum))
-        y = f.select(f.equal(e.stats.max, -INF), 0.0, y)
+        y = f.select(f.equal(e.stats.max, -INF), 0.0, share(f, e.stats))
         return f.select(f.int_less(e.column, e.length), y, 0.0) if prefix else y
 
     def score(f, e):

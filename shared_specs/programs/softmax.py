@@ -8,7 +8,7 @@ from functools import cache
 
 from shared_specs import scalar
 from shared_specs.rows import Reduction, RowProgram
-from shared_specs.sum_exp import INF, shift
+from shared_specs.sum_exp import INF, share
 
 _STATISTICS = (Reduction("stats", "sum_exp", lambda f, e: e.x),)
 
@@ -30,13 +30,7 @@ LOGSUMEXP_BACKWARD = RowProgram(
     outputs={"dx": lambda f, e: f.mul(e.g, scalar.exp_nonpositive(f, f.sub(e.x, f.select(f.equal(e.y, -INF), 0.0, e.y))))},
 )
 
-# The quotient is a product with the reciprocal of the sum, which is computed once a row.
-SOFTMAX = RowProgram(
-    "softmax",
-    elements=("x",),
-    reductions=_STATISTICS,
-    outputs={"y": lambda f, e: f.mul(scalar.exp_nonpositive(f, f.sub(e.x, shift(f, e.stats.max))), f.div(1.0, e.stats.sum))},
-)
+SOFTMAX = RowProgram("softmax", elements=("x",), reductions=_STATISTICS, outputs={"y": lambda f, e: share(f, e.stats)})
 
 SOFTMAX_BACKWARD = RowProgram(
     "softmax_backward",

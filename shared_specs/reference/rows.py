@@ -115,13 +115,15 @@ def _reduce(reduction: Reduction, values: np.ndarray, contract: RowContract) -> 
 
 
 def _sum_exp(values: np.ndarray, contract: RowContract) -> sum_exp.SumExp:
-    parts = segments(values, contract, -np.inf)
-    maxima = _extreme(_F.max, parts.reshape(*parts.shape[:2], contract.segment))  # [R, segments]
-    terms = sum_exp.term(_F, parts.reshape(*parts.shape[:2], contract.segment), maxima[..., None])
-    sums = segment_sums(terms.reshape(len(values), maxima.shape[1] * contract.segment), contract)
+    rows, n = values.shape
+    parts = segments(values, contract, -np.inf).reshape(rows, contract.segments(n), contract.segment)
+    maxima = _extreme(_F.max, parts)  # [R, segments]
     row_max = _extreme(_F.max, maxima)[:, None]
+    terms = sum_exp.term(_F, parts, maxima[..., None]).reshape(rows, maxima.shape[1] * contract.segment)[:, :n]
+    weights = np.repeat(sum_exp.weight(_F, maxima, row_max), contract.segment, axis=1)[:, :n]
+    sums = segment_sums(terms, contract)
     total = tree(sum_exp.rescaled(_F, sum_exp.SumExp(maxima, sums), row_max))[:, None]
-    return sum_exp.SumExp(row_max, total)
+    return sum_exp.SumExp(row_max, total, terms, weights)
 
 
 def _extreme(fold, values: np.ndarray) -> np.ndarray:  # type: ignore[no-untyped-def]
