@@ -35,25 +35,15 @@ def _meet(counter, count):
     tl.debug_barrier()
 
 
-@triton.jit(
-    do_not_specialize=["strides", "output_strides", "integers", "R", "N", "segments"],
-    do_not_specialize_on_alignment=["partials", "counters"],
-)
-def rows_shared(
-    elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs, partials, counters,
-    R, N, segments,
+@triton.jit
+def _segment(
+    row, number, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs, partials,
+    counters, R, N, segments,
     FORMULAS: tl.constexpr, GATHERED: tl.constexpr, UNIT: tl.constexpr, FULL: tl.constexpr,
     CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, SEGMENT: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One segment of one row, from loads to stores in registers.
-
-    `partials[i]` takes the segments' results of reduction i, [R, segments]; `counters` is zero: the ticket, then a counter for
-    every row and reduction. COUNT is a power of two that holds `segments`.
-    """
-    N = N * UNIT
-    ticket = tl.atomic_add(counters, 1, sem="relaxed")
-    row = (ticket // segments).to(tl.int64)
-    segment = ticket % segments + tl.arange(0, 1)[None, :, None]
+    """Segment `number` of a row in `rows_shared`."""
+    segment = number + tl.arange(0, 1)[None, :, None]
     base = segment * SEGMENT
     pointers = _row_pointers(elements, strides, row, UNIT)
     tiles = _load(pointers, base, N, 1, CHUNKS, LANES, PIECE, FULL, "evict_first")
@@ -75,5 +65,41 @@ def rows_shared(
         FORMULAS, targets, tiles, columns, row_values, reduced, of_segments, base, row, R, N, 1, CHUNKS, LANES, PIECE, FULL,
         True, "evict_first",
     )  # fmt: skip
-    if ticket % segments == 0:
+    if number == 0:
         _store_row_outputs(FORMULAS, row_outputs, row_values, reduced, row, R, 1)
+
+
+@triton.jit(
+    do_not_specialize=["strides", "output_strides", "integers", "R", "N", "segments"],
+    do_not_specialize_on_alignment=["partials", "counters"],
+)
+def rows_shared(
+    elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs, partials, counters,
+    R, N, segments,
+    FORMULAS: tl.constexpr, GATHERED: tl.constexpr, UNIT: tl.constexpr, FULL: tl.constexpr,
+    CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, SEGMENT: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """One segment of one row, from loads to stores in registers.
+
+    `partials[i]` takes the segments' results of reduction i, [R, segments]; `counters` is zero: the ticket, then a counter for
+    every row and reduction. COUNT is a power of two that holds `segments`. Where masks are needed, the last segment alone does.
+    """
+    N = N * UNIT
+    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    row, number = (ticket // segments).to(tl.int64), ticket % segments
+    if FULL < CHUNKS:
+        if number < segments - 1:
+            _segment(
+                row, number, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs,
+                partials, counters, R, N, segments, FORMULAS, GATHERED, UNIT, CHUNKS, CHUNKS, LANES, PIECE, SEGMENT, COUNT,
+            )  # fmt: skip
+        else:
+            _segment(
+                row, number, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs,
+                partials, counters, R, N, segments, FORMULAS, GATHERED, UNIT, FULL, CHUNKS, LANES, PIECE, SEGMENT, COUNT,
+            )  # fmt: skip
+    else:
+        _segment(
+            row, number, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs,
+            partials, counters, R, N, segments, FORMULAS, GATHERED, UNIT, CHUNKS, CHUNKS, LANES, PIECE, SEGMENT, COUNT,
+        )  # fmt: skip
