@@ -39,7 +39,12 @@ _erfc = _elementwise(math.erfc)
 EXACT: dict[str, Function] = {
     "exp": np.exp,
     "log": np.log,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "log2": np.log2,
+    "log1p": np.log1p,
     "erf": _erf,
+    "erfc": _erfc,
     "tanh": np.tanh,
     "sigmoid": _sigmoid,
     "rsqrt": lambda x: 1 / np.sqrt(x),

@@ -118,6 +118,11 @@ SPECIAL = {
     "exp": [(0.0, 1), (-0.0, 1), (INF, INF), (-INF, 0), (88.73, INF), (3e38, INF), (-104, 0), (-3e38, 0), (-103.9, TINY)],
     "exp_nonpositive": [(0.0, 1), (-0.0, 1), (-INF, 0), (-104, 0), (-3e38, 0), (-103.9, TINY)],
     "log": [(0.0, -INF), (-0.0, -INF), (1, 0), (INF, INF), (-INF, NAN), (-1, NAN), (-TINY, NAN)],
+    "exp2": [(0.0, 1), (INF, INF), (-INF, 0), (128, INF), (127, 2.0**127), (-149, TINY), (-150, 0), (3e38, INF), (-3e38, 0)],
+    "expm1": [*ZEROS, (INF, INF), (-INF, -1), (88.73, INF), (-104, -1), (3e38, INF), (-3e38, -1), (TINY, TINY), (-TINY, -TINY)],
+    "log2": [(0.0, -INF), (-0.0, -INF), (1, 0), (8, 3), (TINY, -149), (INF, INF), (-INF, NAN), (-1, NAN), (-TINY, NAN)],
+    "log1p": [*ZEROS, (-1, -INF), (INF, INF), (-INF, NAN), (-1.5, NAN), (TINY, TINY), (-TINY, -TINY)],
+    "erfc": [(0.0, 1), (-0.0, 1), (INF, 0), (-INF, 2), (3e38, 0), (-3e38, 2), (TINY, 1), (10.05, TINY)],
     "erf": [*ZEROS, (INF, 1), (-INF, -1), (4, 1), (-3e38, -1), (TINY, TINY)],
     "tanh": [*ZEROS, (INF, 1), (-INF, -1), (10, 1), (-3e38, -1), (TINY, TINY)],
     "sigmoid": [(0.0, 0.5), (-0.0, 0.5), (INF, 1), (-INF, 0), (3e38, 1), (-3e38, 0), (-103.9, TINY)],
@@ -150,7 +155,12 @@ def test_special_values(name):
 BOUNDS = {
     "exp": 0.95,
     "log": 1.0,
+    "exp2": 0.95,
+    "expm1": 1.6,
+    "log2": 1.8,
+    "log1p": 1.6,
     "erf": 2.0,
+    "erfc": 4.0,
     "tanh": 2.0,
     "sigmoid": 1.7,
     "rsqrt": 0.9,
@@ -221,3 +231,26 @@ def test_power():
     normal = exact > 2.0**-126
     assert (np.abs(got[normal] / exact[normal] - 1) <= n[normal] * 2.0**-24).all()
     assert scalar.power(F, np.float32(-2), np.array([127, 128], np.int32)).tolist() == [-(2.0**127), INF]
+
+
+def test_pow():
+    rng = np.random.default_rng(7)
+    with np.errstate(all="ignore"):
+        x = np.exp(rng.normal(size=1 << 17) * np.repeat([0.01, 0.3, 3, 30], 1 << 15)).astype(np.float32)
+        y = np.where(rng.random(x.size) < 0.5, rng.uniform(-105, 90, x.size) / np.log(np.float64(x)), rng.normal(size=x.size))
+        y = y.astype(np.float32)
+        got = scalar.pow(F, x, y)
+        error = scalar_error.ulp_error(got, np.float64(x) ** np.float64(y))
+    assert error.max() <= 1.1
+
+
+def test_special_values_of_pow():
+    """Those of C: every pair of zeros, ones, infinities, NaN, odd and even integers, fractions and the smallest numbers."""
+    values = [0, 1, 2, 3, 0.5, 1.5, INF, TINY, 2.0**-126, 3.4e38, 2.0**24 - 1, 2.0**24, 2.0**23 + 1, 1e30]
+    x, y = (z.ravel() for z in np.meshgrid(*[floats(*values, *(-v for v in values), NAN)] * 2))
+    with np.errstate(all="ignore"):
+        exact = np.float64(x) ** np.float64(y)
+        got = scalar.pow(F, x, y)
+        assert scalar_error.ulp_error(got, exact).max() <= 1
+        signed = ~np.isnan(exact)
+        assert np.array_equal(np.signbit(got[signed]), np.signbit(exact[signed].astype(np.float32)))

@@ -208,10 +208,15 @@ def same_but_for_nan(actual, expected):
 
 
 def test_portable_functions_are_the_contract(device):
-    x = special("float32", 0)
-    got = portable(lambda x: {name: getattr(lax, name)(x) for name in FUNCTIONS})(x)
+    x, y = special("float32", 0), special("float32", 1)[::-1]
+
+    def f(x, y):
+        return {name: getattr(lax, name)(*(x, y)[: len(program.elements)]) for name, program in FUNCTIONS.items()}
+
+    got = portable(f)(x, y)
     for name, program in FUNCTIONS.items():
-        expected = run_rows(program, {"x": np.asarray(x)[None]}, {})["y"][0]
+        arguments = {key: np.asarray(value)[None] for key, value in zip(program.elements, (x, y), strict=False)}
+        expected = run_rows(program, arguments, {})["y"][0]
         assert_same(got[name], float_format("float32").encode(expected).view(np.float32))
 
 

@@ -45,7 +45,7 @@ EXACT = _names("""
 """Each result is fixed by its operands: there is nothing to round, or only one way to do it."""
 
 COMPUTED = _names("""
-    acos asin atanh bessel_i0e bessel_i1e cbrt cosh erf_inv erfc exp2 expm1 log1p pow rem sinh tan
+    acos asin atanh bessel_i0e bessel_i1e cbrt cosh erf_inv rem sinh tan
 """)
 """Functions of single elements that XLA computes in the same way wherever an element is, as tests find."""
 

@@ -6,8 +6,10 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from bi_jax.narrow import narrow
 from bi_jax.transform import elementwise
 from bi_jax.transform.coverage import COMPUTED, EXACT, FLOATS, MOVED, Options, is_inexact
 from bi_jax.transform.elementwise import Arithmetic, elementary, pinned
@@ -90,7 +92,9 @@ def treatment(eqn: Any, options: Options) -> Treatment:
         )
     if name in elementwise.FUNCTIONS:
         by = contract_id(elementwise.FUNCTIONS[name])
-        compute = partial(elementary, name, portable=options.portable)
+        compute: Compute = partial(elementary, name, portable=options.portable)
+        if not all(map(is_inexact, avals)):  # pow of an integer exponent
+            compute = _in_float32(compute, avals[0].dtype)
         return Treatment("contract", by if options.portable else f"{by} on a CPU", compute)
     if name in ARITHMETIC:
         return _portable_arithmetic(eqn) if options.portable else _pinned_arithmetic(eqn)
@@ -109,6 +113,10 @@ def _portable_arithmetic(eqn: Any) -> Treatment:
     if name in elementwise.OPERATIONS:
         return Treatment("contract", contract_id(elementwise.OPERATIONS[name]), partial(elementary, name))
     return Treatment("pinned", "by operations of the contract", _composed(eqn, elementwise.EXACT)[name])
+
+
+def _in_float32(compute: Compute, dtype: Any) -> Compute:
+    return lambda *operands: narrow(compute(*(jnp.asarray(x, jnp.float32) for x in operands)), dtype)
 
 
 def _composed(eqn: Any, arithmetic: Arithmetic) -> dict[str, Compute]:

@@ -56,6 +56,13 @@ def _gelu_tanh_slope(f, e):
 DIV = RowProgram("div", elements=("x1", "x2"), outputs={"y": lambda f, e: f.div(e.x1, e.x2)})
 SQRT = _unary("sqrt", lambda f, e: f.sqrt(e.x))
 
+POW = RowProgram("pow", elements=("x1", "x2"), outputs={"y": lambda f, e: scalar.pow(f, e.x1, e.x2)})
+EXP2 = _unary("exp2", lambda f, e: scalar.exp2(f, e.x))
+EXPM1 = _unary("expm1", lambda f, e: scalar.expm1(f, e.x))
+LOG2 = _unary("log2", lambda f, e: scalar.log2(f, e.x))
+LOG1P = _unary("log1p", lambda f, e: scalar.log1p(f, e.x))
+ERFC = _unary("erfc", lambda f, e: scalar.erfc(f, e.x))
+
 EXP = _unary("exp", lambda f, e: scalar.exp(f, e.x))
 LOG = _unary("log", lambda f, e: scalar.log(f, e.x))
 SIN = _unary("sin", lambda f, e: scalar.sin(f, e.x))
