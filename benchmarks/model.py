@@ -1,13 +1,16 @@
-"""A Llama of a billion parameters under the mode against stock PyTorch: `python -m benchmarks.model`.
+"""A Llama of a billion parameters against stock PyTorch and stock JAX: `python -m benchmarks.model`.
 
-The model is Hugging Face's, unmodified, in bfloat16 with random weights: a forward pass over 8 x 2048 tokens, and a decode step
+In PyTorch the model is Hugging Face's, unmodified, under the mode; in JAX it is the decoder of `examples/llm`, see
+`benchmarks.model_jax`. Both are in bfloat16 with random weights: a forward pass over 8 x 2048 tokens, and a decode step
 beside a cache of 512 tokens at batch 1, 8 and 64. "graph" is a replayed CUDA graph, the device's own time; "eager" is what a
 call takes with the host in the loop. Each is timed with attention and with a stub in its place that returns the query, in both
 columns: what remains is the time of everything else. A second table tells how long one call of an op keeps the host.
 """
 
 import argparse
+import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +20,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
 import torch
 import torch.nn.functional as F
 import transformers
@@ -26,40 +32,15 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
+from benchmarks import model_jax
+from benchmarks.model_report import CONFIG, CONTEXT, DECODE, FORWARD, LLAMA_1B, Measurement, table
 from benchmarks.timing import host_microseconds, microseconds, torch_program
 from bi_torch import set_batch_invariant_mode
 
-LLAMA_1B: dict[str, Any] = {
-    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-}  # fmt: skip
-"""The sizes of Llama-3.2-1B."""
-FORWARD = (8, 2048)
-CONTEXT = 512
-DECODE = (1, 8, 64)
 STUB = "stub"
 STOCK, OURS = "stock", "mode on"
 
 Step = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Milliseconds of one call in both columns.
-
-    Attributes:
-        case: what is computed.
-        part: "all", or "without attention".
-        how: "graph" or "eager".
-        stock: with the framework's own operations.
-        ours: with this library's.
-    """
-
-    case: str
-    part: str
-    how: str
-    stock: float
-    ours: float
 
 
 @dataclass(frozen=True)
@@ -188,18 +169,6 @@ def host_times() -> list[HostTime]:
     return [HostTime(op, times[STOCK][op], times[OURS][op]) for op in calls]
 
 
-def table(measurements: Sequence[Measurement]) -> Table:
-    """Milliseconds of both columns, and ours relative to stock."""
-    result = Table(title="milliseconds", title_justify="left")
-    for name in ("case", "part", "timed", STOCK, OURS, f"{OURS} / {STOCK}"):
-        result.add_column(name, justify="left" if name in ("case", "part", "timed") else "right")
-    for i, m in enumerate(measurements):
-        if i and measurements[i - 1].case != m.case:
-            result.add_section()
-        result.add_row(m.case, m.part, m.how, f"{m.stock:.3f}", f"{m.ours:.3f}", f"{m.ours / m.stock:.2f}")
-    return result
-
-
 def host_table(times: Sequence[HostTime]) -> Table:
     """Microseconds of both columns, and what ours takes longer."""
     result = Table(title="microseconds of the host for one call", title_justify="left")
@@ -214,6 +183,7 @@ def host_table(times: Sequence[HostTime]) -> Table:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
+    parser.add_argument("--only", choices=("torch", "jax"), help="measure one framework")
     parser.add_argument("--json", type=Path, help="write every number to this file")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -224,16 +194,24 @@ def main() -> int:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "transformers": transformers.__version__,
+        "jax": jax.__version__,
     }
     console.print(facts, highlight=False)
-    with console.status("host"):
+    data: dict[str, Any] = {"environment": facts}
+    if args.only != "jax":
         times = host_times()
-    console.print(host_table(times))
-    with console.status("model"):
+        console.print(host_table(times))
         measurements = measure(llama(LLAMA_1B, "cuda"))
-    console.print(table(measurements))
+        console.print(table(measurements, "PyTorch, milliseconds", OURS))
+        data |= {"measurements": list(map(asdict, measurements)), "host": list(map(asdict, times))}
+        gc.collect()
+        torch.cuda.empty_cache()
+    if args.only != "torch":
+        compilations, measurements = model_jax.measure(CONFIG)
+        console.print(table(measurements, "JAX, milliseconds", "bi_jax"))
+        console.print(table(compilations, "JAX, seconds to trace and compile", "bi_jax"))
+        data |= {"jax": list(map(asdict, measurements)), "jax_compilation": list(map(asdict, compilations))}
     if args.json:
-        data = {"environment": facts, "measurements": [asdict(m) for m in measurements], "host": [asdict(t) for t in times]}
         args.json.write_text(json.dumps(data, indent=1) + "\n")
     return 0
 

@@ -3,13 +3,22 @@
 import json
 import time
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
+import bi_jax
+from benchmarks import model_jax
+from benchmarks.model_report import Measurement as ModelMeasurement
+from benchmarks.model_report import table
 from benchmarks.report import Measurement, measurement_table, summarise, summary_table, write_json, write_plot
 from benchmarks.shapes import MODELS, ROWS
 from benchmarks.timing import Program, jax_program, microseconds
+from examples.llm import jax_model, jax_stock
+from examples.llm.config import Config
+from tests.model_engines import model_engines
 
 MEASUREMENTS = [
     Measurement("a", 1, 64, 32, {"cuBLAS": 10.0, "ours": 5.0}),
@@ -63,3 +72,39 @@ def test_a_jax_program_makes_every_call() -> None:
     program.wait(outputs)
     assert program.calls == 4
     assert outputs.tolist() == [0, 2, 4, 6]
+
+
+SMALL = Config(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=48, tied=True, vocab=40)
+
+
+def test_cases_of_the_model_in_jax() -> None:
+    """Of both columns: shapes of the logits, and that the stub leaves attention out."""
+    weights = jax.eval_shape(lambda: model_jax.random_weights(SMALL))
+    for name, function, arguments in model_jax.cases(SMALL, (2, 5), (3,), 4):
+        rows = {"forward 2 x 5": (2, 5), "decode step, batch 3": (3, 1)}[name]
+        for ops in (bi_jax, jax_stock):
+            programs = [
+                jax.make_jaxpr(lambda *args, ops=chosen: function(*args, ops))(weights, *arguments)  # noqa: B023
+                for chosen in (ops, model_jax.without_attention(ops))
+            ]
+            assert [(x.shape, x.dtype.name) for program in programs for x in program.out_avals] == [
+                ((*rows, 40), "float32")
+            ] * 2
+            assert len(str(programs[0])) > len(str(programs[1]))
+
+
+def test_a_decode_step_is_the_last_token_of_a_forward_pass() -> None:
+    weights, tokens = model_jax.random_weights(SMALL), np.random.default_rng(0).integers(0, 40, (2, 3), np.int32)
+    cache = tuple(jnp.zeros((2, 2, 2, 0, 8), jnp.bfloat16) for _ in range(2))
+    with model_engines():
+        step = jax.jit(lambda tokens, cache: model_jax.decode(weights, SMALL, tokens, cache, bi_jax))
+        for i in range(3):
+            logits, cache = step(tokens[:, i : i + 1], cache)
+        expected = jax.jit(lambda tokens: jax_model.forward(weights, SMALL, tokens))(tokens)
+    np.testing.assert_array_equal(np.asarray(logits[:, 0]).view(np.int32), np.asarray(expected[:, -1]).view(np.int32))
+
+
+def test_table_of_a_model() -> None:
+    console = Console(record=True, width=120)
+    console.print(table([ModelMeasurement("forward", "all", "jit", 2.0, 3.0)], "JAX, milliseconds", "bi_jax"))
+    assert "1.50" in console.export_text()

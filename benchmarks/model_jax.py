@@ -1,0 +1,114 @@
+"""The decoder of `examples/llm` in JAX, with `bi_jax` and with stock operations, each as one jitted function.
+
+The same program is compiled with either: a forward pass, and a decode step beside a cache of keys and values. As in PyTorch,
+both are timed with attention and with a stub in its place that returns the query.
+"""
+
+import time
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import bi_jax
+from benchmarks.model_report import CONTEXT, DECODE, FORWARD, Measurement
+from benchmarks.timing import Program, microseconds
+from examples.llm import jax_model, jax_stock
+from examples.llm.config import Config
+from examples.llm.jax_model import Params
+
+Cache = tuple[jax.Array, jax.Array]
+
+
+def decode(weights: Params, config: Config, tokens: jax.Array, cache: Cache, ops: ModuleType) -> tuple[jax.Array, Cache]:
+    """float32 logits [B, 1, vocab] of tokens [B, 1], and the cache with their keys and values.
+
+    Args:
+        weights: of `jax_model.forward`.
+        config: the model.
+        tokens: one of each sequence.
+        cache: keys and values [layers, B, kv_heads, T, head_dim] of the tokens before.
+        ops: where operations come from.
+    """
+    tables = ops.rotary_tables(jnp.full(1, cache[0].shape[3]), config.head_dim, config.theta)
+    queries, keys, _ = config.projected
+    batch = len(tokens)
+    x = ops.embedding(tokens, weights["embedding"])
+
+    def layer(carry: tuple[jax.Array, jax.Array], scanned: tuple[Params, Cache]) -> tuple[tuple[jax.Array, jax.Array], Cache]:
+        w, (old_k, old_v) = scanned
+        x, residual = ops.fused_add_rms_norm(*carry, w["attention_norm"], config.eps)
+        parts = jnp.split(ops.linear(x, w["qkv"]), (queries, queries + keys), axis=-1)
+        q, k, v = (x.reshape(batch, -1, 1, config.head_dim) for x in parts)
+        q, k = ops.rotary_embedding(q, *tables), ops.rotary_embedding(k, *tables)
+        k, v = jnp.concatenate([old_k, k], axis=2), jnp.concatenate([old_v, v], axis=2)
+        y = ops.scaled_dot_product_attention(q, k, v, is_causal=False, enable_gqa=True)
+        x, residual = ops.fused_add_rms_norm(
+            ops.linear(y.reshape(batch, 1, queries), w["out"]), residual, w["mlp_norm"], config.eps
+        )
+        gate, up = jnp.split(ops.linear(x, w["gate_up"]), 2, axis=-1)
+        return (ops.linear(ops.silu_mul(gate, up), w["down"]), residual), (k, v)
+
+    stacked = {name: weights[name] for name in ("attention_norm", "qkv", "out", "mlp_norm", "gate_up", "down")}
+    (x, residual), cache = lax.scan(layer, (x, jnp.zeros_like(x)), (stacked, cache))
+    x, _ = ops.fused_add_rms_norm(x, residual, weights["norm"], config.eps)
+    return ops.linear(x, weights["head"], out_dtype="float32"), cache
+
+
+def without_attention(ops: ModuleType) -> ModuleType:
+    """The same operations, but for attention: the query."""
+    stub = ModuleType("without_attention")
+    vars(stub).update(vars(ops), scaled_dot_product_attention=lambda query, *_, **__: query)
+    return stub
+
+
+def random_weights(config: Config) -> Params:
+    """bfloat16 weights."""
+    keys = jax.random.split(jax.random.key(0), len(config.shapes()))
+    weights = {
+        name: (jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5).astype(jnp.bfloat16)
+        for key, (name, shape) in zip(keys, config.shapes().items(), strict=True)
+    }
+    return weights | ({"head": weights["embedding"]} if config.tied else {})
+
+
+def cases(config: Config, forward: tuple[int, int], batches: tuple[int, ...], context: int) -> Iterator[tuple[str, Any, tuple]]:
+    """Name, function of (weights, *arguments, ops) and arguments of what is measured."""
+    tokens = jax.random.randint(jax.random.key(1), forward, 0, config.vocab)
+    yield f"forward {forward[0]} x {forward[1]}", lambda w, t, ops: jax_model.forward(w, config, t, ops), (tokens,)
+    for batch in batches:
+        shape = (config.layers, batch, config.kv_heads, context, config.head_dim)
+        cache = tuple(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2))
+        tokens = jax.random.randint(jax.random.key(1), (batch, 1), 0, config.vocab)
+        yield f"decode step, batch {batch}", lambda w, t, c, ops: decode(w, config, t, c, ops)[0], (tokens, cache)
+
+
+def measure(config: Config) -> tuple[list[Measurement], list[Measurement]]:
+    """Seconds to compile and milliseconds of every case on a GPU."""
+    weights = random_weights(config)
+    compilations, times = [], []
+    for case, function, arguments in cases(config, FORWARD, DECODE, CONTEXT):
+        for part, change in (("all", lambda ops: ops), ("without attention", without_attention)):
+            seconds, programs = {}, {}
+            for column, ops in (("stock", jax_stock), ("ours", bi_jax)):
+                seconds[column], compiled = _compiled(function, change(ops), (weights, *arguments))
+                programs[column] = _program(compiled, (weights, *arguments))
+            us = microseconds(programs, repeats=3)
+            compilations.append(Measurement(case, part, "jit", **seconds))
+            times.append(Measurement(case, part, "jit", **{column: value / 1e3 for column, value in us.items()}))
+    return compilations, times
+
+
+def _compiled(function: Any, ops: ModuleType, arguments: tuple) -> tuple[float, jax.stages.Compiled]:
+    """How long it took, nothing of it done before, and the program."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    compiled = jax.jit(lambda *args: function(*args, ops)).lower(*arguments).compile()
+    return time.perf_counter() - start, compiled
+
+
+def _program(compiled: jax.stages.Compiled, arguments: tuple) -> Program:
+    return Program(1, lambda: compiled(*arguments), jax.block_until_ready)
