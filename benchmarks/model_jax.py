@@ -5,7 +5,9 @@ both are timed with attention and with a stub in its place that returns the quer
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +23,9 @@ from examples.llm.config import Config
 from examples.llm.jax_model import Params
 
 Cache = tuple[jax.Array, jax.Array]
+
+SMALL = Config(layers=2, width=256, heads=4, kv_heads=2, head_dim=64, hidden=512, tied=True, vocab=512)
+"""Compiled before anything is measured."""
 
 
 def decode(weights: Params, config: Config, tokens: jax.Array, cache: Cache, ops: ModuleType) -> tuple[jax.Array, Cache]:
@@ -75,40 +80,78 @@ def random_weights(config: Config) -> Params:
     return weights | ({"head": weights["embedding"]} if config.tied else {})
 
 
-def cases(config: Config, forward: tuple[int, int], batches: tuple[int, ...], context: int) -> Iterator[tuple[str, Any, tuple]]:
-    """Name, function of (weights, *arguments, ops) and arguments of what is measured."""
-    tokens = jax.random.randint(jax.random.key(1), forward, 0, config.vocab)
-    yield f"forward {forward[0]} x {forward[1]}", lambda w, t, ops: jax_model.forward(w, config, t, ops), (tokens,)
-    for batch in batches:
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        name: of the case.
+        function: of weights, arguments and the module that operations come from.
+        arguments: makes them.
+    """
+
+    name: str
+    function: Callable[..., jax.Array]
+    arguments: Callable[[], tuple[Any, ...]]
+
+
+def cases(config: Config, forward: tuple[int, int], batches: tuple[int, ...], context: int) -> Iterator[Case]:
+    """A pass over whole sequences, and decode steps of several batches."""
+
+    def tokens(*shape: int) -> jax.Array:
+        return jax.random.randint(jax.random.key(1), shape, 0, config.vocab)
+
+    def filled(batch: int) -> tuple[jax.Array, Cache]:
         shape = (config.layers, batch, config.kv_heads, context, config.head_dim)
-        cache = tuple(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2))
-        tokens = jax.random.randint(jax.random.key(1), (batch, 1), 0, config.vocab)
-        yield f"decode step, batch {batch}", lambda w, t, c, ops: decode(w, config, t, c, ops)[0], (tokens, cache)
+        keys, values = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2))
+        return tokens(batch, 1), (keys, values)
+
+    yield Case(
+        f"forward {forward[0]} x {forward[1]}",
+        lambda weights, tokens, ops: jax_model.forward(weights, config, tokens, ops),
+        lambda: (tokens(*forward),),
+    )
+    for batch in batches:
+        yield Case(
+            f"decode step, batch {batch}",
+            lambda weights, tokens, cache, ops: decode(weights, config, tokens, cache, ops)[0],
+            partial(filled, batch),
+        )
 
 
 def measure(config: Config) -> tuple[list[Measurement], list[Measurement]]:
     """Seconds to compile and milliseconds of every case on a GPU."""
+    _start_compilers()
     weights = random_weights(config)
     compilations, times = [], []
-    for case, function, arguments in cases(config, FORWARD, DECODE, CONTEXT):
+    for case in cases(config, FORWARD, DECODE, CONTEXT):
+        arguments = (weights, *case.arguments())
         for part, change in (("all", lambda ops: ops), ("without attention", without_attention)):
             seconds, programs = {}, {}
             for column, ops in (("stock", jax_stock), ("ours", bi_jax)):
-                seconds[column], compiled = _compiled(function, change(ops), (weights, *arguments))
-                programs[column] = _program(compiled, (weights, *arguments))
+                seconds[column], compiled = compilation(case, change(ops), arguments)
+                programs[column] = _program(compiled, arguments)
             us = microseconds(programs, repeats=3)
-            compilations.append(Measurement(case, part, "jit", **seconds))
-            times.append(Measurement(case, part, "jit", **{column: value / 1e3 for column, value in us.items()}))
+            compilations.append(Measurement(case.name, part, "jit", **seconds))
+            times.append(Measurement(case.name, part, "jit", **{column: value / 1e3 for column, value in us.items()}))
     return compilations, times
 
 
-def _compiled(function: Any, ops: ModuleType, arguments: tuple) -> tuple[float, jax.stages.Compiled]:
-    """How long it took, nothing of it done before, and the program."""
+def _start_compilers() -> None:
+    """What happens once in a process, such as importing them, is not the time of a case."""
+    weights = random_weights(SMALL)
+    for case in cases(SMALL, (1, 8), (1,), 8):
+        for ops in (jax_stock, bi_jax):
+            compilation(case, ops, (weights, *case.arguments()))
+
+
+def compilation(case: Case, ops: ModuleType, arguments: tuple[Any, ...]) -> tuple[float, jax.stages.Compiled]:
+    """Seconds to trace and compile a case, nothing of it done before, and the program."""
     jax.clear_caches()
     start = time.perf_counter()
-    compiled = jax.jit(lambda *args: function(*args, ops)).lower(*arguments).compile()
+    compiled = jax.jit(lambda *args: case.function(*args, ops)).lower(*arguments).compile()
     return time.perf_counter() - start, compiled
 
 
-def _program(compiled: jax.stages.Compiled, arguments: tuple) -> Program:
+def _program(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> Program:
     return Program(1, lambda: compiled(*arguments), jax.block_until_ready)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -80,28 +81,31 @@ SMALL = Config(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=48, t
 def test_cases_of_the_model_in_jax() -> None:
     """Of both columns: shapes of the logits, and that the stub leaves attention out."""
     weights = jax.eval_shape(lambda: model_jax.random_weights(SMALL))
-    for name, function, arguments in model_jax.cases(SMALL, (2, 5), (3,), 4):
-        rows = {"forward 2 x 5": (2, 5), "decode step, batch 3": (3, 1)}[name]
+    rows = {"forward 2 x 5": (2, 5), "decode step, batch 3": (3, 1)}
+    for case in model_jax.cases(SMALL, (2, 5), (3,), 4):
+        arguments = jax.eval_shape(case.arguments)
         for ops in (bi_jax, jax_stock):
             programs = [
-                jax.make_jaxpr(lambda *args, ops=chosen: function(*args, ops))(weights, *arguments)  # noqa: B023
+                jax.make_jaxpr(partial(case.function, ops=chosen))(weights, *arguments)
                 for chosen in (ops, model_jax.without_attention(ops))
             ]
-            assert [(x.shape, x.dtype.name) for program in programs for x in program.out_avals] == [
-                ((*rows, 40), "float32")
-            ] * 2
+            for program in programs:
+                assert [(x.shape, x.dtype.name) for x in program.out_avals] == [((*rows[case.name], 40), "float32")]
             assert len(str(programs[0])) > len(str(programs[1]))
 
 
 def test_a_decode_step_is_the_last_token_of_a_forward_pass() -> None:
-    weights, tokens = model_jax.random_weights(SMALL), np.random.default_rng(0).integers(0, 40, (2, 3), np.int32)
-    cache = tuple(jnp.zeros((2, 2, 2, 0, 8), jnp.bfloat16) for _ in range(2))
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model_jax.random_weights(SMALL))
+    weights = {name: rng.standard_normal(x.shape, np.float32).astype(x.dtype) for name, x in shapes.items()}
+    tokens = rng.integers(0, 40, (2, 2), np.int32)
+    cache = tuple(np.zeros((2, 2, 2, 0, 8), weights["head"].dtype) for _ in range(2))
     with model_engines():
         step = jax.jit(lambda tokens, cache: model_jax.decode(weights, SMALL, tokens, cache, bi_jax))
-        for i in range(3):
+        for i in range(2):
             logits, cache = step(tokens[:, i : i + 1], cache)
         expected = jax.jit(lambda tokens: jax_model.forward(weights, SMALL, tokens))(tokens)
-    np.testing.assert_array_equal(np.asarray(logits[:, 0]).view(np.int32), np.asarray(expected[:, -1]).view(np.int32))
+    np.testing.assert_array_equal(np.asarray(logits)[:, 0].view(np.int32), np.asarray(expected)[:, -1].view(np.int32))
 
 
 def test_table_of_a_model() -> None:

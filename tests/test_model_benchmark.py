@@ -42,7 +42,9 @@ def test_operations_are_those_of_the_mode():
 def test_tables():
     console = Console(record=True, width=120)
     measurements = [benchmark.Measurement("a", "all", "graph", 2.0, 2.5), benchmark.Measurement("b", "all", "eager", 2.0, 1.0)]
-    console.print(benchmark.table(measurements), benchmark.host_table([benchmark.HostTime("mm", 6.0, 26.5)]))
+    console.print(
+        benchmark.table(measurements, "milliseconds", "mode on"), benchmark.host_table([benchmark.HostTime("mm", 6.0, 26.5)])
+    )
     text = console.export_text()
     assert "1.25" in text
     assert "0.50" in text
