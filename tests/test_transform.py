@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from jax import lax
 from jax._src.core import jaxprs_in_params
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 import bi_jax
 from bi_jax.transform import reset_uncovered, uncovered_counts
 from bi_jax.transform.coverage import Options
 from bi_jax.transform.rewrite import rewritten
 from tests import test_jax_transformations
-from tests.sharding import sharded
+from tests.sharding import mesh_of, sharded
 
 by_the_model = test_jax_transformations.by_the_model
 
@@ -164,6 +164,27 @@ def test_shard_map(kind, check_vma, by_the_model):
     want = invariant(f)(x, w)
     assert_same(sharded(invariant(f), x, w, kind, check_vma), want)
     assert_same(sharded(f, x, w, kind, check_vma, transform=invariant), want)
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no vma"])
+def test_sums_over_devices(check_vma, by_the_model):
+    """Of the parts of all devices in their order; a gradient of what the devices share is such a sum."""
+    mesh = mesh_of(AxisType.Auto)
+    x, cases = draw(2 * jax.device_count(), 8), (PartitionSpec("x"), PartitionSpec())
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=cases, out_specs=PartitionSpec(), check_vma=check_vma)
+    def loss(x, w):
+        return lax.psum(jnp.square(x @ w).astype("float32").sum(), "x")
+
+    parts = [
+        invariant(jax.value_and_grad(lambda w, x: jnp.square(x @ w).astype("float32").sum()))(W, x[i : i + 2])
+        for i in range(0, len(x), 2)
+    ]
+    want = jax.tree.map(lambda *each: bi_jax.sum(jnp.stack(each), 0), *parts)
+    assert_same(invariant(jax.value_and_grad(loss, 1))(x, W), want)
+    assert_same(jax.value_and_grad(invariant(loss), 1)(x, W), want)
+    total = [row for row in bi_jax.explain(loss, x, W).rows if row.primitive.startswith("psum")]
+    assert [row.contract.startswith("devices in order, sum-v1-") for row in total] == [True]
 
 
 def test_names_of_inner_functions_stay():

@@ -1,10 +1,12 @@
-"""reduce_sum, reduce_max, reduce_min and reduce_prod in an order that is fixed."""
+"""reduce_sum, reduce_max, reduce_min, reduce_prod and psum in an order that is fixed."""
 
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax._src.lax.parallel import all_gather_invariant
 
 from bi_jax.narrow import narrow
 from bi_jax.rows.arguments import reduced, to_rows
@@ -38,3 +40,13 @@ def product(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     while rows.shape[1] > 1:
         rows = elementary("mul", rows[:, 0::2], rows[:, 1::2])
     return reduced(narrow(rows[:, 0], x.dtype), x, axes, keepdim=False)
+
+
+def sum_over_devices(x: jax.Array, axes: Sequence[str], invariant: bool) -> jax.Array:
+    """psum over axes of a mesh: every device gets all parts, and adds them in the order of the devices.
+
+    An `invariant` result is marked in its type as the same on all devices.
+    """
+    names = tuple(axes)
+    parts = all_gather_invariant(x, names) if invariant else lax.all_gather(x, names)
+    return reduction("reduce_sum", parts, (0,))
