@@ -47,6 +47,21 @@ def uneven_rows(n: int) -> torch.Tensor:
     return torch.from_numpy(x.astype(np.float32))
 
 
+def pow_inputs() -> dict[str, torch.Tensor]:
+    """Every pair of values for which C's pow is special, and powers of numbers near 1 that are neither 0 nor infinite."""
+    inf, nan, smallest = np.inf, np.nan, 2.0**-149
+    values = [0, 1, 2, 3, 0.5, 1.5, inf, smallest, 2.0**-126, 3.4e38, 2.0**24 - 1, 2.0**24, 2.0**23 + 1, 1e30]
+    pairs = np.meshgrid(*[np.array([*values, *(-v for v in values), nan], np.float32)] * 2)
+    rng = np.random.default_rng(3)
+    near = 1 + np.exp2(rng.uniform(-23, 1, 300)) * rng.choice([-0.5, 0.5], 300)
+    exponents = rng.uniform(-105, 90, 300) / np.log(near)
+    drawn = zip(pairs, (near, exponents), strict=True)
+    return {
+        name: torch.from_numpy(np.concatenate([a.ravel(), b.astype(np.float32)])[None])
+        for name, (a, b) in zip(("x1", "x2"), drawn, strict=True)
+    }
+
+
 def expected(
     program: RowProgram | ColumnProgram,
     inputs: dict[str, torch.Tensor],

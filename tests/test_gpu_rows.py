@@ -207,6 +207,8 @@ FUNCTIONS = {
     "exp": (scalar.exp, torch.exp, 2.0), "log": (scalar.log, torch.log, 2.0), "erf": (scalar.erf, torch.erf, 2.0),
     "tanh": (scalar.tanh, torch.tanh, 2.0), "sigmoid": (scalar.sigmoid, torch.sigmoid, 2.0),
     "rsqrt": (scalar.rsqrt, torch.rsqrt, 1.0), "sin": (scalar.sin, torch.sin, 2.0), "cos": (scalar.cos, torch.cos, 2.0),
+    "exp2": (scalar.exp2, torch.exp2, 1.0), "expm1": (scalar.expm1, torch.expm1, 2.0), "log2": (scalar.log2, torch.log2, 2.0),
+    "log1p": (scalar.log1p, torch.log1p, 2.0), "erfc": (scalar.erfc, torch.erfc, 4.5),
 }  # fmt: skip
 BLOCK = 1 << 26
 
@@ -236,6 +238,23 @@ def test_scalar_programs_on_every_float32(name, record_property):
     x = to_torch(sample, float_format("float32")).cuda()[None]
     y = cuda.run_rows(program, {"x": x}, {}, {"y": torch.float32})["y"]
     assert_same(y[0].cpu(), to_torch(expected, float_format("float32")))
+
+
+def test_pow_on_many_pairs():
+    """Random patterns, and exponents for which the power is neither 0 nor infinite: Triton's bits are Pallas's and NumPy's."""
+    run = jax.jit(lambda x1, x2: primitive.run_rows(pointwise.POW, {"x1": x1, "x2": x2}, {}, {"y": "float32"})["y"])
+    torch.manual_seed(0)
+    for finite in (False, True):
+        x, y = (
+            torch.randint(-(1 << 31), 1 << 31, (1, 1 << 24), device="cuda").to(torch.int32).view(torch.float32) for _ in "xy"
+        )
+        if finite:
+            y = torch.empty_like(y).uniform_(-105, 90) / torch.log(x.abs().double()).float()
+        z = cuda.run_rows(pointwise.POW, {"x1": x, "x2": y}, {}, {"y": torch.float32})["y"]
+        assert_same(from_jax(run(to_jax(x), to_jax(y)).block_until_ready()), z)
+        few = [v[0, : 1 << 18].cpu().numpy() for v in (x, y)]
+        expected = float_format("float32").encode(scalar.pow(NumpyArithmetic(), *few))
+        assert_same(z[0, : 1 << 18].cpu(), to_torch(expected, float_format("float32")))
 
 
 def ulp_error(x, y, exact, name):

@@ -21,7 +21,7 @@ from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ColumnProgram
 from tests.arrays import DTYPES, NAMES, to_bits
 from tests.interpreters.mosaic import interpreted
-from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, uneven_rows
+from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, pow_inputs, uneven_rows
 
 by_name = {"ids": lambda program: program.name}
 BLOCKS_SHARE_ROWS = RowSchedule(warps=4, blocks_per_row=2)
@@ -137,6 +137,11 @@ def test_segments_of_different_maxima(schedule):
 def test_every_kind_of_value(kind):
     check(softmax.LOG_SOFTMAX, 3, 1030, "bfloat16", kind=kind)
     check(reduce.EXTREME_BACKWARD, 3, 40, "float16", kind=kind, out_dtype="float32")
+
+
+def test_special_values_of_pow():
+    inputs = pow_inputs()
+    check(pointwise.POW, 1, inputs["x1"].shape[1], inputs=inputs)
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1024, 5000])

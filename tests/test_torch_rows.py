@@ -16,7 +16,7 @@ from bi_torch.rows import reduce as reductions
 from bi_torch.rows import softmax as softmaxes
 from shared_specs.formats import FORMATS
 from shared_specs.inputs import KINDS
-from shared_specs.programs import attention, norm, optimizer, reduce, softmax
+from shared_specs.programs import attention, norm, optimizer, pointwise, reduce, softmax
 from shared_specs.programs.catalogue import COLUMN_PROGRAMS, SCALARS
 from shared_specs.reference import NumpyArithmetic
 from shared_specs.rotary import inverse_frequencies
@@ -24,7 +24,7 @@ from shared_specs.rows import ColumnProgram
 from tests.arrays import DTYPES, assert_same, draw
 from tests.interpreters.triton import gpu_arithmetic, interpreted
 from tests.row_calls import ROW_CALLS
-from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, uneven_rows
+from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, pow_inputs, uneven_rows
 from tests.test_scalar import fma_triples, patterns
 
 dtypes = pytest.mark.parametrize("dtype", FORMATS)
@@ -158,6 +158,10 @@ def test_every_row_program(program):
         check(program, every_kind(program, n, dtype), dtype)
     for rows, n in ((0, 5), (3, 0), (0, 0)):
         check(program, draw_inputs(program, rows, n, "float32"), "float32")
+
+
+def test_special_values_of_pow():
+    check(pointwise.POW, pow_inputs(), "float32")
 
 
 REDUCING = [program for program in ROW_PROGRAMS if program.reductions]

@@ -19,7 +19,7 @@ from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ColumnProgram
 from tests.arrays import DTYPES, assert_same, to_bits
 from tests.interpreters.triton import gpu_arithmetic, interpreted
-from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, uneven_rows
+from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, pow_inputs, uneven_rows
 
 KERNELS = interpreted(triton_kernels)
 with mock.patch.dict(sys.modules, {triton_kernels.__name__: KERNELS}):
@@ -149,6 +149,11 @@ def test_segments_of_different_maxima(schedule):
     """Terms stay in registers, or are computed again with the maximum of their segment."""
     inputs = {"x": uneven_rows(9000)[1:].bfloat16(), "length": torch.tensor([9000, 8300, 9000, 5, 9000])}
     check(attention.attention_softmax(True), 5, 9000, schedule=schedule, inputs=inputs)
+
+
+def test_special_values_of_pow():
+    inputs = pow_inputs()
+    check(pointwise.POW, 1, inputs["x1"].shape[1], inputs=inputs)
 
 
 @pytest.mark.parametrize("most", [1, 2])
