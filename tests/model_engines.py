@@ -1,4 +1,4 @@
-"""NumPy's reference model in the place of the CPU engines of `bi_jax`: the same bits, and nothing for XLA to compile."""
+"""NumPy's reference model in the place of the CPU engines of `bi_jax`: the same bits, and little for XLA to compile."""
 
 import contextlib
 import functools
@@ -17,13 +17,15 @@ from shared_specs.reference import rows as rows_reference
 
 @contextlib.contextmanager
 def model_engines():
-    """What is lowered for a CPU in this context calls the model."""
+    """What is lowered for a CPU in this context calls the model, and is not optimised: what is under test lies before XLA."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows_cpu, "run_rows", functools.partial(_rows, rows_reference.run_rows))
         patch.setattr(rows_cpu, "run_columns", functools.partial(_rows, rows_reference.run_columns))
         patch.setattr(gemm_cpu, "gemm", _gemm)
         jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", True)
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 

@@ -83,7 +83,7 @@ def segment_sums(values: np.ndarray, contract: RowContract) -> np.ndarray:
     """[R, N] to [R, segments]: the sum of each segment."""
     chunks = segments(values, contract, 0.0)
     lanes = np.zeros((*chunks.shape[:2], contract.lanes), F32)
-    for chunk in range(chunks.shape[2]):
+    for chunk in range(min(chunks.shape[2], -(-values.shape[1] // contract.lanes))):  # behind the row there are zeros
         lanes = _F.add(lanes, chunks[:, :, chunk])
     return tree(lanes)
 
@@ -111,19 +111,23 @@ def _reduce(reduction: Reduction, values: np.ndarray, contract: RowContract) -> 
     if reduction.kind == "sum_exp":
         return _sum_exp(values, contract)
     fold, start = (_F.max, -np.inf) if reduction.kind == "max" else (_F.min, np.inf)
-    return _extreme(fold, np.concatenate([np.full((len(values), 1), start, F32), values], axis=1))[:, None]
+    return _extreme(fold, _with_first(values, start))[:, None]
 
 
 def _sum_exp(values: np.ndarray, contract: RowContract) -> sum_exp.SumExp:
-    rows, n = values.shape
-    parts = segments(values, contract, -np.inf).reshape(rows, contract.segments(n), contract.segment)
-    maxima = _extreme(_F.max, parts)  # [R, segments]
+    n = values.shape[1]
+    parts = np.split(values, range(contract.segment, n, contract.segment), axis=1)
+    maxima = np.stack([_extreme(_F.max, _with_first(part, -np.inf)) for part in parts], axis=1)  # [R, segments]
+    terms = np.concatenate([sum_exp.term(_F, part, maxima[:, i, None]) for i, part in enumerate(parts)], axis=1)
     row_max = _extreme(_F.max, maxima)[:, None]
-    terms = sum_exp.term(_F, parts, maxima[..., None]).reshape(rows, maxima.shape[1] * contract.segment)[:, :n]
     weights = np.repeat(sum_exp.weight(_F, maxima, row_max), contract.segment, axis=1)[:, :n]
     sums = segment_sums(terms, contract)
     total = tree(sum_exp.rescaled(_F, sum_exp.SumExp(maxima, sums), row_max))[:, None]
     return sum_exp.SumExp(row_max, total, terms, weights)
+
+
+def _with_first(values: np.ndarray, first: float) -> np.ndarray:
+    return np.concatenate([np.full((len(values), 1), first, F32), values], axis=1)
 
 
 def _extreme(fold, values: np.ndarray) -> np.ndarray:  # type: ignore[no-untyped-def]
