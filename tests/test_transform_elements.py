@@ -51,9 +51,10 @@ def test_a_row_does_not_depend_on_the_batch(params, device):
     for place in range(8):
         assert_same(f(params, np.roll(tokens, place))[(3 + place) % 8], whole[3])
     with jax.default_matmul_precision("highest"):  # on a GPU, XLA's products are TF32 otherwise
-        np.testing.assert_allclose(whole, stock(params, tokens), rtol=1e-4, atol=1e-4)
+        stock_whole, stock_alone = stock(params, tokens), stock(params, tokens[3:4])
+    np.testing.assert_allclose(whole, stock_whole, rtol=1e-4, atol=1e-4)
     if device == "cpu":  # whether the row alone has other bits on a GPU is up to cuBLAS
-        assert (stock(params, tokens[3:4]) != stock(params, tokens)[3:4]).any()
+        assert (stock_alone != stock_whole[3:4]).any()
 
 
 # ------------------------------------------------------------------------------------------------------- arithmetic
@@ -142,10 +143,8 @@ def surroundings(f):
     """f on rows, by itself, and within programs of other shapes and neighbours; each gives the first row."""
     yield "alone", lambda *rows: f(*(x[:1] for x in rows))[0]
     yield "batch", lambda *rows: f(*rows)[0]
-    yield "vmap", lambda *rows: jax.vmap(f)(*rows)[0]
     yield "scan", lambda *rows: lax.map(lambda row: f(*row), rows)[0]
-    yield "reused", lambda *rows: (lambda y: jnp.where(jnp.isnan(y + 1), 0, y))(f(*rows))[0]
-    yield "fused", lambda *rows: f(*(x * 1 for x in rows))[0] * 1
+    yield "fused", lambda *rows: (lambda y: jnp.where(jnp.isnan(y + 1), 0, y) * 1)(f(*(x * 1 for x in rows)))[0]
 
 
 @BOTH
