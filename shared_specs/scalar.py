@@ -151,7 +151,10 @@ def log(f: Arithmetic, x: Value) -> Value:
 
 
 def exp2(f: Arithmetic, x: Value) -> Value:
-    """2^x. Error 0.92 ulp, at -1.4292053."""
+    """2^x. Error 0.92 ulp, at -126.41137.
+
+    2^x = e^(r ln 2) 2^n with |r| <= 1/2 and an exact r; the rest is as in `exp`.
+    """
     x = f.max(f.min(x, 129.0), -151.0)
     shifted = f.add(x, TO_POWERS)
     p = _exp_of_small(f, f.mul(f.sub(x, f.sub(shifted, TO_POWERS)), LN_2))
@@ -159,9 +162,10 @@ def exp2(f: Arithmetic, x: Value) -> Value:
 
 
 def expm1(f: Arithmetic, x: Value) -> Value:
-    """e^x - 1. Error 1.51 ulp, at 0.3819758.
+    """e^x - 1. Error 1.53 ulp, at 0.3911038.
 
-    It is s (e^r - 1) + (s - 1) with s = 2^n, and half of that with 2^(n - 1), which is in range.
+    It is s (e^r - 1) + (s - 1) with s = 2^n and the r of `exp`, and half of that with 2^(n - 1), which is in range. Where x is
+    small, it is x itself.
     """
     bounded = f.max(f.min(x, 89.0), -20.0)
     shifted = f.fma(bounded, LOG2_E, TO_POWER - 1)
@@ -173,7 +177,10 @@ def expm1(f: Arithmetic, x: Value) -> Value:
 
 
 def log2(f: Arithmetic, x: Value) -> Value:
-    """The logarithm to base 2. Error 1.8 ulp, at 1.3335218."""
+    """The logarithm to base 2. Error 1.8 ulp, at 1.3335218.
+
+    With the k and r of `log` it is k + log(1 + r) log2 e, where the last factor takes two floats.
+    """
     k, r = _binary_exponent(f, x)
     y = _log1p_of_small(f, r)
     return _special_log(f, x, f.fma(y, LOG2_E, f.fma(y, LOG2_E_REST, k)))
@@ -182,7 +189,7 @@ def log2(f: Arithmetic, x: Value) -> Value:
 def log1p(f: Arithmetic, x: Value) -> Value:
     """log(1 + x). Error 1.55 ulp, at 0.3335218.
 
-    What is rounded off in 1 + x is added to the remainder, scaled as that is.
+    As the `log` of 1 + x; what is rounded off in that sum is added to r, scaled as r is.
     """
     u = f.add(x, 1.0)
     large = f.less(1.0, x)

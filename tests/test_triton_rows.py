@@ -263,6 +263,7 @@ COMPILED = [
     (norm.layer_norm_backward(True), 65536, 512, "float32", None),
     (norm.rms_norm_backward(True), 16384, 4096, "bfloat16", RowSchedule(block_rows=2)),
     (optimizer.ADAMW, 1, 1 << 20, "bfloat16", None),
+    (pointwise.POW, 1, 1 << 20, "float32", None),
     (norm.layer_norm_parameters(True, True), 16384, 4096, "float32", None),
 ]
 
