@@ -70,7 +70,8 @@ def changed(function, model, length):
 
 @pytest.fixture(scope="module")
 def model():
-    return Transformer(width=32, heads=2, layers=1, length=LENGTH, dtype=jnp.float32)
+    with model_engines():  # the random numbers take XLA less time
+        return Transformer(width=32, heads=2, layers=1, length=LENGTH, dtype=jnp.float32)
 
 
 def test_logits_do_not_depend_on_the_batch(model):

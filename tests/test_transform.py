@@ -187,6 +187,16 @@ def test_sums_over_devices(check_vma, by_the_model):
     assert [row.contract.startswith("devices in order, sum-v1-") for row in total] == [True]
 
 
+def test_sums_over_an_axis_of_vmap(by_the_model):
+    x = draw(5, 8)
+    want = bi_jax.sum(x, 0)
+    for f in (
+        jax.vmap(invariant(lambda row: lax.psum(row, "i")), axis_name="i"),
+        invariant(jax.vmap(lambda row: lax.psum(row, "i"), axis_name="i")),
+    ):
+        assert_same(f(x), jnp.stack([want] * 5))
+
+
 def test_names_of_inner_functions_stay():
     f = invariant(lambda x: jax.jit(jnp.tanh)(x))
     assert "tanh" in f.lower(jnp.ones(3)).as_text(debug_info=True)

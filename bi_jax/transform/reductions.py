@@ -42,11 +42,14 @@ def product(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return reduced(narrow(rows[:, 0], x.dtype), x, axes, keepdim=False)
 
 
-def sum_over_devices(x: jax.Array, axes: Sequence[str], invariant: bool) -> jax.Array:
-    """psum over axes of a mesh: every device gets all parts, and adds them in the order of the devices.
+def sum_over_axes(x: jax.Array, axes: Sequence[int | str], invariant: bool) -> jax.Array:
+    """psum over dimensions of x, which `vmap` may have made of an axis, and over axes of a mesh.
 
-    An `invariant` result is marked in its type as the same on all devices.
+    Every device gets the parts of all, and adds them in the order of the devices. An `invariant` result is marked in its type
+    as the same on all devices.
     """
-    names = tuple(axes)
+    x = reduction("reduce_sum", x, [axis for axis in axes if isinstance(axis, int)])
+    if not (names := tuple(axis for axis in axes if isinstance(axis, str))):
+        return x
     parts = all_gather_invariant(x, names) if invariant else lax.all_gather(x, names)
     return reduction("reduce_sum", parts, (0,))

@@ -15,7 +15,7 @@ from bi_jax.transform.coverage import COMPUTED, EXACT, FLOATS, MOVED, Options, i
 from bi_jax.transform.elementwise import Arithmetic, elementary, pinned
 from bi_jax.transform.products import dot_general, operand_dtype
 from bi_jax.transform.reductions import PROGRAMS as REDUCTIONS
-from bi_jax.transform.reductions import product, reduction, sum_over_devices
+from bi_jax.transform.reductions import product, reduction, sum_over_axes
 from bi_jax.transform.scatter import covered, scatter_add
 from shared_specs import gemm_contract
 from shared_specs.trace import contract_id
@@ -76,11 +76,11 @@ def _reduce_prod(eqn: Any, options: Options) -> Treatment:
 
 def _psum(eqn: Any, options: Options) -> Treatment:
     axes = eqn.params["axes"]
-    if eqn.params.get("axis_index_groups") is not None or not all(isinstance(axis, str) for axis in axes):
+    if eqn.params.get("axis_index_groups") is not None or not all(isinstance(axis, int | str) for axis in axes):
         return UNCOVERED
     invariant = eqn.primitive.name == "psum_invariant"
     by = f"devices in order, {contract_id(REDUCTIONS['reduce_sum'])}"
-    return Treatment("contract", by, lambda x: sum_over_devices(x, axes, invariant))
+    return Treatment("contract", by, lambda x: sum_over_axes(x, axes, invariant))
 
 
 def _scatter_add(eqn: Any, options: Options) -> Treatment:
@@ -162,7 +162,8 @@ BY_PATTERN: dict[str, Callable[..., jax.Array]] = {
     "neg": lambda params, x: elementwise.neg(x),
     "round": _rounding(lax.round),
     "sign": lambda params, x: elementwise.sign(x),
-} | {name: _comparison(name) for name in ("eq", "ge", "gt", "le", "lt", "ne")}
+}
+BY_PATTERN |= {name: _comparison(name) for name in ("eq", "ge", "gt", "le", "lt", "ne")}
 """Functions of an equation's parameters and operands."""
 
 RULES: dict[str, Callable[[Any, Options], Treatment]] = {
