@@ -31,7 +31,7 @@ NAMES = (
     *("sum.dim_IntList", "mean", "prod.dim_int", "var.correction", "std.correction", "norm.Scalar", "amax", "logsumexp"),
     *("_softmax", "_log_softmax_backward_data", "native_layer_norm", "native_layer_norm_backward", "native_group_norm"),
     *("_fused_rms_norm", "cross_entropy_loss", "nll_loss_forward", "nll_loss_backward", "mse_loss", "embedding_dense_backward"),
-    *("gelu", "silu_backward", "exp", "rsqrt"),
+    *("gelu", "silu_backward", "exp", "rsqrt", "exp2", "pow.Tensor_Tensor", "pow.Tensor_Scalar"),
 )
 """One overload of each kind: every program that they rest on is tested for itself."""
 

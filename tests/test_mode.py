@@ -24,6 +24,8 @@ from bi_torch.mode import (
     set_batch_invariant_mode,
     uncovered_calls,
 )
+from bi_torch.mode.activations import WITHOUT_POW
+from bi_torch.rows import elementary
 from tests.arrays import assert_same, draw
 
 ON, OFF = Mode(), None
@@ -318,10 +320,22 @@ def test_results_have_the_strides_of_torchs():
 
 def test_portable_functions_are_the_contracts():
     x = draw(50, dtype="float32").abs() + 0.5
+    stock = {exponent: (-x) ** exponent for exponent in WITHOUT_POW}
     with set_batch_invariant_mode(portable=True):
         for name in ("exp", "log", "tanh", "sigmoid", "erf", "rsqrt", "sin", "cos"):
             assert_same(getattr(torch, name)(x), getattr(bi_torch, name)(x))
             assert_same(getattr(torch, f"{name}_")(x.clone()), getattr(bi_torch, name)(x))
+        for name, function in elementary.FUNCTIONS.items():
+            assert_same(getattr(torch, name)(x), function(x))
+            assert_same(getattr(torch, f"{name}_")(x.clone()), function(x))
+        y = draw(50, dtype="float32", seed=1)
+        assert_same(x**y, elementary.power(x, y, x.dtype))
+        assert_same(x**2.5, elementary.power(x, 2.5, x.dtype))
+        assert_same(2.5**y, elementary.power(2.5, y, x.dtype))
+        assert_same((x.to(torch.bfloat16)) ** 2.5, elementary.power(x.to(torch.bfloat16), 2.5, torch.bfloat16))
+        for exponent in WITHOUT_POW:
+            assert_same((-x) ** exponent, stock[exponent])
+        assert torch.arange(5).pow(2).tolist() == [0, 1, 4, 9, 16]
     with set_batch_invariant_mode():
         assert_same(torch.exp(x), x.exp())
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bi_torch.mode.override import Function, Override, overload
-from bi_torch.rows import pointwise
+from bi_torch.rows import elementary, pointwise
 from bi_torch.rows.arguments import FLOATS
 from bi_torch.rows.reduce import INTEGERS
 from bi_torch.stock import stock_kernels
@@ -96,6 +96,24 @@ def pow_of_number(self: float, exponent: Tensor) -> Tensor:
     return aligned("pow.Tensor_Tensor")(torch.tensor(self, dtype=dtype, device=exponent.device), exponent.to(dtype))
 
 
+WITHOUT_POW = (-2, -1, 0, 0.5, 1, 2, 3)
+"""Exponents for which torch multiplies, divides or takes a root, which each device rounds alike."""
+
+
+def portable_pow(name: str) -> Function:
+    """The contract's pow, or where torch needs none torch's own."""
+    own: Function = pow_of_number if name == "pow.Scalar" else aligned(name)
+
+    def run(self: Tensor | float, exponent: Tensor | float) -> Any:
+        dtype = torch.result_type(self, exponent)
+        if dtype in FLOATS and (isinstance(exponent, Tensor) or exponent not in WITHOUT_POW):
+            return elementary.power(self, exponent, dtype)
+        on_cpu = all(x.device.type == "cpu" for x in (self, exponent) if isinstance(x, Tensor))
+        return own(self, exponent) if on_cpu else NotImplemented
+
+    return run
+
+
 def scaled_sum(name: str) -> Function:
     """add or sub: torch rounds alpha times a 16-bit number in some loops and not in others."""
     whole = aligned(name)
@@ -152,4 +170,16 @@ OVERRIDES = (
         for name in ("exp", "log", "tanh", "erf", "sin", "cos")
     ),
     *_aligned(),
+    *(
+        _both(name, _unary(function), devices=(), portable=True, autograd=False)
+        for name, function in elementary.FUNCTIONS.items()
+    ),
+    *(
+        Override(name, portable_pow(name), in_place, out, devices=(), portable=True, autograd=False)
+        for name, in_place, out in (
+            ("pow.Scalar", None, "pow.Scalar_out"),
+            ("pow.Tensor_Scalar", "pow_.Scalar", "pow.Tensor_Scalar_out"),
+            ("pow.Tensor_Tensor", "pow_.Tensor", "pow.Tensor_Tensor_out"),
+        )
+    ),
 )

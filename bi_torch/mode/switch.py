@@ -32,8 +32,8 @@ class Mode:
     """How the mode is on.
 
     Attributes:
-        portable: the contract's exp, log, tanh, sigmoid, erf, rsqrt, sin and cos too, so that another framework can give the
-            same bits.
+        portable: the contract's exp, log, pow, tanh, sigmoid, erf, rsqrt, sin, cos and their like too, so that another
+            framework can give the same bits.
         on_uncovered: what an op does that depends on the batch and is not covered.
     """
 
@@ -82,7 +82,7 @@ def set_batch_invariant_mode(enabled: bool = True, *, portable: bool = False, on
 
     Args:
         enabled: on or off.
-        portable: replace exp, log, tanh, sigmoid, erf, rsqrt, sin and cos by the contract's, too.
+        portable: replace exp, log, pow, tanh, sigmoid, erf, rsqrt, sin, cos and their like by the contract's, too.
         on_uncovered: what an op does that depends on the batch and is not covered: "raise" an `UncoveredOperationError`,
             "warn" once an op and count the calls (`uncovered_calls`), or "ignore".
 
