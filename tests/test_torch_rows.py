@@ -10,7 +10,7 @@ from torch.library import opcheck
 from torch.testing._internal.common_methods_invocations import op_db
 
 import bi_torch
-from bi_torch.rows import cpu, cpu_arithmetic, embedding_kernel, library
+from bi_torch.rows import cpu, cpu_arithmetic, elementary, embedding_kernel, library
 from bi_torch.rows import embedding as embeddings
 from bi_torch.rows import reduce as reductions
 from bi_torch.rows import softmax as softmaxes
@@ -498,6 +498,8 @@ def recorded():
         nll, _ = softmaxes.nll_loss(x, torch.tensor([0, 5, 2, 2]))
         mse, deviations = reductions.squared_error(x, x * 2, True), reductions.std(x, 1)
         (nll + mse + reductions.norm(x) + deviations.sum()).backward()
+        for function in (*elementary.FUNCTIONS.values(), lambda x: elementary.power(x, 3, x.dtype)):
+            function(x.detach())
     return found
 
 
