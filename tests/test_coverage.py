@@ -19,6 +19,7 @@ from bi_torch.mode import (
     set_batch_invariant_mode,
     uncovered_calls,
 )
+from bi_torch.mode.override import overload
 from bi_torch.mode.uncovered import depends_on_batch
 from tests.coverage_record import pool, record, rules
 from tests.coverage_record.batches import examine
@@ -143,6 +144,52 @@ def test_what_does_not_depend_on_the_batch_passes(function: Any) -> None:
         function()
 
 
+@pytest.mark.parametrize("name", ["index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"])
+def test_a_gpu_writes_to_indices_but_does_not_add(name: str) -> None:
+    entry, op, args = coverage.lookup(name, "cuda"), overload(name), (X, (INDEX,), torch.ones(3, 4))
+    assert entry is not None
+    assert not depends_on_batch(entry, op, args, {})
+    assert not depends_on_batch(entry, op, args, {"accumulate": False})
+    assert depends_on_batch(entry, op, (*args, True), {})
+
+
+def check_writes(device: str) -> None:
+    cache, index = torch.zeros(2, 5, 3, device=device), torch.tensor([1, 3], device=device)
+    with set_batch_invariant_mode():
+        cache[:, index] = torch.ones(2, 2, 3, device=device)
+    assert cache.sum().item() == 12
+
+
+def test_a_cache_is_written_by_indices() -> None:
+    check_writes("cpu")
+
+
+@pytest.mark.gpu
+def test_a_cache_is_written_by_indices_on_a_gpu() -> None:
+    check_writes("cuda")
+
+
+def check_division_of_lists(device: str) -> None:
+    """A tensor has the same bits beside dense tensors and beside others, and if it is none itself."""
+    x, y = (torch.randn(9, 8, generator=torch.Generator().manual_seed(seed)).to(device) for seed in (0, 1))
+    expected = overload("_foreach_div.ScalarList")([x, y], [1.7, 3.0])
+    with set_batch_invariant_mode():
+        for xs in ([x, y], [x.t().contiguous().t(), y], [torch.stack([x, x], -1)[..., 0], y]):
+            for one, wanted in zip(overload("_foreach_div.ScalarList")(xs, [1.7, 3.0]), expected, strict=True):
+                assert torch.equal(one, wanted)
+            overload("_foreach_div_.ScalarList")(xs := [z.clone() if z.is_contiguous() else z for z in xs], [1.7, 3.0])
+            assert all(torch.equal(one, wanted) for one, wanted in zip(xs, expected, strict=True))
+
+
+def test_lists_are_divided_alike() -> None:
+    check_division_of_lists("cpu")
+
+
+@pytest.mark.gpu
+def test_lists_are_divided_alike_on_a_gpu() -> None:
+    check_division_of_lists("cuda")
+
+
 def test_a_backward_pass_meets_uncovered_operations() -> None:
     x = X.clone().requires_grad_()
     y = torch.cumsum(x, 0)
@@ -202,8 +249,7 @@ class Overloads(TorchDispatchMode):
 def check_training_step(device: str) -> None:
     """A training step of a transformer layer runs no operation that the table does not know, or that it calls uncovered."""
     layer = torch.nn.TransformerEncoderLayer(16, 2, 16, dropout=0.1, batch_first=True, activation="gelu", device=device)
-    # On a GPU torch divides whole lists of tensors by default, by an operation that is not covered.
-    optimizer = torch.optim.AdamW(layer.parameters(), foreach=False)
+    optimizer = torch.optim.AdamW(layer.parameters())  # which works on lists of tensors on a GPU
     with set_batch_invariant_mode(), Overloads() as overloads:
         layer(torch.randn(2, 3, 16, device=device)).mean().backward()
         torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)

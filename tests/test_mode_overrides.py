@@ -173,12 +173,14 @@ SAMPLES = [
     Sample("pow.Tensor_Scalar", (T((3, 5), True), 1.7)),
     Sample("pow.Tensor_Tensor", (T((3, 5), True), T((5,)))),
     Sample("pow.Scalar", (1.7, X)),
+    Sample("_foreach_div.ScalarList", ([X, HALF], [1.7, 3.0])),
+    Sample("_foreach_div_.ScalarList", ([X, HALF], [1.7, 3.0])),
 ]
 OVERRIDES = {override.name: override for override in overrides.OVERRIDES}
 CUDA_ALONE = {name for name in OVERRIDES if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"aten::{name}", "CPU")}
 
 
-NO_GRADIENT = {"aminmax", "igamma", "igammac", *CUDA_ALONE}
+NO_GRADIENT = {"aminmax", "igamma", "igammac", "_foreach_div_.ScalarList", *CUDA_ALONE}
 
 
 def flat(result: Any) -> list[torch.Tensor]:

@@ -3,11 +3,11 @@
 On a CPU torch computes most elements of some functions with vector instructions and the rest one by one, by another program.
 For sigmoid, silu, gelu and rsqrt the contract has a program, which takes their place there; `portable=True` puts the contract's
 programs in place of all functions that it has, on both devices. For the others every element goes through the vector
-instructions: `aligned` hands torch's kernel whole vectors.
+instructions: `aligned` hands torch's kernel whole vectors. On a GPU the same is so for the division of lists of tensors.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -126,6 +126,37 @@ def scaled_sum(name: str) -> Function:
     return run
 
 
+def foreach_div(self: Sequence[Tensor], scalars: Sequence[float]) -> Any:
+    """Each tensor divided by its number, as torch does on a GPU where all tensors are dense and alike.
+
+    Where one is not, torch multiplies all of them by reciprocals.
+    """
+    if not all(x.dtype in (*FLOATS, *INTEGERS) for x in self) or _dense_and_alike(self):
+        return NotImplemented
+    with stock_kernels():
+        return [torch._foreach_div([x.contiguous()], [number])[0] for x, number in zip(self, scalars, strict=True)]
+
+
+def foreach_div_(self: Sequence[Tensor], scalars: Sequence[float]) -> Any:
+    """`foreach_div` in place."""
+    results = foreach_div(self, scalars)
+    if results is NotImplemented:
+        return results
+    for x, result in zip(self, results, strict=True):
+        x.copy_(result)
+    return None
+
+
+def _dense_and_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch has one kernel for all of them."""
+    return all(
+        x.dtype == tensors[0].dtype
+        and x.device == tensors[0].device
+        and (x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x))
+        for x in tensors
+    )
+
+
 def _padded(x: Tensor) -> Tensor:
     missing = -x.shape[0] % VECTORS
     return torch.cat((x, x.new_ones(missing))) if missing else x
@@ -182,4 +213,6 @@ OVERRIDES = (
             ("pow.Tensor_Tensor", "pow_.Tensor", "pow.Tensor_Tensor_out"),
         )
     ),
+    Override("_foreach_div.ScalarList", foreach_div, devices=("cuda",), autograd=False),
+    Override("_foreach_div_.ScalarList", foreach_div_, devices=("cuda",), autograd=False),
 )

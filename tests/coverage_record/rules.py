@@ -150,7 +150,22 @@ FIXED = (
 UNTESTED = (
     Rule("_foreach_*", "elementwise", "an elementwise function of each tensor; not tested"),
     Rule("special_*.*scalar special_*.[nx]_scalar xlogy.*", "elementwise", "as for two tensors, which was tested"),
+    Rule(
+        "_native_batch_norm_legit_no_training",
+        "elementwise",
+        "as native_batch_norm without training, which was tested",
+        ("cuda",),
+    ),
+    Rule(
+        "_native_batch_norm_legit_no_training",
+        "uncovered",
+        "as native_batch_norm, which depends on the batch without training, too",
+        ("cpu",),
+    ),
 )
+
+# By name, operations of which calls that do not meet their condition only move values, where the database has no such call.
+MOVES = frozenset({"index_put", "put"})
 
 
 @cache
@@ -172,6 +187,8 @@ def verdict(operation: Operation, device: str, found: Mapping[Key, Evidence]) ->
     always, conditional = found.get((stands_for, False)), found.get((stands_for, True))
     condition = CONDITIONAL.get(stands_for)
     kind, reason = _judge(operation, device, always)
+    if always is None and stands_for in MOVES:
+        return "uncovered", _judge(operation, device, conditional)[1], condition
     if condition is None or always is None or always.differs:
         return kind, reason, None
     under = _judge(operation, device, conditional)
