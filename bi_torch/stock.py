@@ -13,10 +13,12 @@ from functools import wraps
 
 class _Thread(threading.local):
     inside = False
+    device: str | None = None
 
 
 THREAD = _Thread()
-"""`THREAD.inside` is True where torch's own kernels run, on this thread."""
+"""`THREAD.inside` is True where torch's own kernels run, on this thread. `THREAD.device` is what `bi_torch.direct` found of the
+arguments of the op that this thread is in, under the mode."""
 
 
 def runs_stock[**P, R](kernel: Callable[P, R]) -> Callable[P, R]:

@@ -38,7 +38,10 @@ def planned(program, inputs, out_dtypes, schedule=None, outs=None, scalars=SCALA
     make = cuda._columns_plan if isinstance(program, ColumnProgram) else cuda._rows_plan
     given = [inputs[name] for name in cuda._tensor_names(program)]
     plan = make(program, given, out_dtypes, outs or {}, schedule)
-    return plan, cuda._call(program, plan, given, scalars, outs or {})
+    integers = getattr(program, "integers", ())
+    return plan, plan.call(
+        given, *(tuple(scalars[name] for name in names) for names in (program.scalars, integers)), outs or {}
+    )
 
 
 def run(*args, **options):

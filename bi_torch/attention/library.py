@@ -7,6 +7,7 @@ it. The gradient computes the scores again instead of keeping them.
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 from bi_torch.attention.keys import Keys, causal_keys, mask_keys, read_mask, row_order
 from bi_torch.attention.layout import join, split
 from bi_torch.gemm.library import gemm
-from bi_torch.rows.library import Op, row_op
+from bi_torch.rows.library import Op, RowOp
 from bi_torch.rows.reduce import sum as sum_over
 from shared_specs.attention import AttentionLayout, Shape, attention_layout
 from shared_specs.programs import attention as programs
@@ -27,15 +28,15 @@ CHUNK = 1 << 27
 CAUSAL_BLOCK = 512
 """Queries of a chunk of causal attention, which leaves out the keys behind the last of them."""
 
-_softmax = row_op(
+_softmax = RowOp(
     "attention_softmax(Tensor x, Tensor? length, ScalarType dtype) -> Tensor y",
     lambda e: programs.attention_softmax(e.length is not None),
 )
-_softmax_backward = row_op(
+_softmax_backward = RowOp(
     "attention_softmax_backward(Tensor y, Tensor g, Tensor? length, ScalarType dtype) -> Tensor dx",
     lambda e: programs.attention_softmax_backward(e.length is not None),
 )
-_finite_or_nan = row_op("finite_or_nan(Tensor x, ScalarType dtype) -> Tensor y", programs.FINITE_OR_NAN)
+_finite_or_nan = RowOp("finite_or_nan(Tensor x, ScalarType dtype) -> Tensor y", programs.FINITE_OR_NAN)
 
 
 class _Chunk(NamedTuple):
@@ -70,7 +71,8 @@ class _Attention:
     ) -> None:
         self.layout = layout = layout_of(query, key, value, attn_mask, gqa)
         self.query = split(query, layout, layout.query)
-        self.key, self.value = split(key, layout, layout.key)[:, 0], split(value, layout, layout.value)[:, 0]
+        self.key = split(key, layout, layout.key, groups=False)
+        self.value = split(value, layout, layout.value, groups=False)
         self.scale, self.is_causal = scale, is_causal
         self.mask = None if attn_mask is None else read_mask(attn_mask, layout)
         if attn_mask is not None and self.mask is not None:
@@ -114,7 +116,7 @@ class _Attention:
 
     def scores(self, x: Tensor, keys: Tensor, chunk: _Chunk, order: Tensor | None, alpha: float, bias: Tensor | None) -> Tensor:
         """float32 alpha * x [n, G, l, D] @ keys^T [N, D, Lk] + bias as [n, G, l, Lk], in the order of each row."""
-        y = gemm(x.flatten(1, 2), keys[chunk.entries, chunk.keys].mT, bias, alpha, 1.0, torch.float32)
+        y = gemm(x.flatten(1, 2), _cut(keys, chunk.entries, chunk.keys).mT, bias, alpha, 1.0, torch.float32)
         y = y.view(*x.shape[:3], y.shape[-1])
         return y if order is None else y.gather(-1, order.expand(y.shape))
 
@@ -123,17 +125,22 @@ class _Attention:
         bias = None
         if self.bias is not None:
             bias = self._expanded(self._part(self.bias, chunk), chunk).flatten(1, 2)
-        scores = self.scores(self.query[chunk.entries, :, chunk.queries], self.key, chunk, order, self.scale, bias)
+        scores = self.scores(self.rows(self.query, chunk), self.key, chunk, order, self.scale, bias)
         lengths = self.lengths(chunk)
         lengths = None if lengths is None else lengths.reshape(-1)
-        return _softmax(scores.flatten(0, 2), lengths, self.query.dtype).view(scores.shape)
+        dtype = self.query.dtype
+        return _softmax.on_views(
+            (scores, lengths, dtype),
+            lambda: (scores.flatten(0, 2), lengths, dtype),
+            lambda y: y.view(scores.shape),
+        )
 
     def product(self, weights: Tensor, operand: _Operand, chunk: _Chunk, order: Tensor | None, alpha: float) -> Tensor:
         """alpha * weights [n, G, l, Lk] @ operand [N, Lk, D] over the keys that each row admits, [n, G, l, D]."""
         n, groups, queries, _ = weights.shape
-        lengths, x = self.lengths(chunk), operand.x[chunk.entries, chunk.keys]
+        lengths, x = self.lengths(chunk), _cut(operand.x, chunk.entries, chunk.keys)
         if order is None:
-            first = None if operand.first is None else operand.first[chunk.entries]
+            first = None if operand.first is None else _cut(operand.first, chunk.entries)
             weights, lengths = weights.flatten(1, 2), None if lengths is None else lengths.flatten(1, 2)
             return _product(weights, _Operand(x, first), lengths, alpha).view(n, groups, queries, -1)
         assert lengths is not None
@@ -159,11 +166,21 @@ class _Attention:
     def _part(self, x: Tensor, chunk: _Chunk) -> Tensor:
         """A chunk of what a mask tells, [entries, G or 1, Lq or 1, *]."""
         x = x if len(x) == 1 or self.mask is None else x.index_select(0, self.mask.owner[chunk.entries])
-        return x if x.shape[2] == 1 else x[:, :, chunk.queries]
+        return x if x.shape[2] == 1 else self.rows(x, chunk._replace(entries=slice(0, len(x))))
+
+    def rows(self, x: Tensor, chunk: _Chunk) -> Tensor:
+        """Entries and queries of x [N, *, Lq, *]."""
+        return _cut(x, chunk.entries, slice(0, x.shape[1]), chunk.queries)
 
     def _expanded(self, x: Tensor, chunk: _Chunk) -> Tensor:
         n, queries = (part.stop - part.start for part in chunk[:2])
         return x.expand(n, self.query.shape[1], queries, *x.shape[3:])
+
+
+def _cut(x: Tensor, *parts: slice) -> Tensor:
+    """x[parts], which costs nothing where they are whole dimensions."""
+    whole = all(part.start == 0 and part.stop == n for part, n in zip(parts, x.shape, strict=False))
+    return x if whole else x[parts]
 
 
 def _product(weights: Tensor, operand: _Operand, lengths: Tensor | None, alpha: float) -> Tensor:
@@ -171,21 +188,30 @@ def _product(weights: Tensor, operand: _Operand, lengths: Tensor | None, alpha: 
     out = gemm(weights, operand.x, None, alpha, 1.0, operand.x.dtype)
     if operand.first is not None and lengths is not None:
         out.masked_fill_(operand.first < lengths[..., None], math.inf)
-    return _finite_or_nan(out.flatten(0, 1), out.dtype).view(out.shape)
+    return _finite_or_nan.on_views((out, out.dtype), lambda: (out.flatten(0, 1), out.dtype), lambda y: y.view(out.shape))
 
 
 def layout_of(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> AttentionLayout:
     """The layout of these operands."""
-    mask = None if attn_mask is None else attn_mask.shape
-    return attention_layout(query.shape, key.shape, value.shape, mask, enable_gqa)
+    shapes = query.shape, key.shape, value.shape, None if attn_mask is None else attn_mask.shape
+    if torch.compiler.is_compiling():
+        return attention_layout(*shapes, enable_gqa)
+    try:
+        return _known_layout(*shapes, enable_gqa)
+    except TypeError:  # sizes of a trace, which cannot be hashed
+        return attention_layout(*shapes, enable_gqa)
+
+
+_known_layout = lru_cache(maxsize=1 << 10)(attention_layout)
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, enable_gqa: bool
 ) -> Tensor:
-    out = _fake(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    if not out.numel() or not key.shape[-2]:
-        return out.zero_()
+    layout = layout_of(query, key, value, attn_mask, enable_gqa)
+    shape = (*layout.out, layout.queries, value.shape[-1])
+    if not math.prod(shape) or not layout.keys:
+        return query.new_zeros(shape)
     call = _Attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     value_operand = call.operand(call.value)
     parts: dict[int, list[Tensor]] = {}
@@ -194,7 +220,7 @@ def _forward(
         y = call.product(call.weights(chunk, order), value_operand, chunk, order, 1.0)
         parts.setdefault(chunk.entries.start, []).append(y)
     rows = _concatenated([_concatenated(part, 2) for part in parts.values()], 0)
-    return join(rows, call.layout, call.layout.batch, out.shape).contiguous()
+    return join(rows, layout, layout.batch, shape).contiguous()
 
 
 def _concatenated(parts: list[Tensor], dim: int) -> Tensor:
@@ -280,7 +306,7 @@ def _mask_backward(
 def _score_gradients(call: _Attention, g: Tensor, chunk: _Chunk, order: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weights and the gradient of the scores, [n, G, l, Lk] each, for cotangents g [N, G, Lq, Ev]."""
     y = call.weights(chunk, order)
-    dy = call.scores(g[chunk.entries, :, chunk.queries], call.value, chunk, order, 1.0, None)
+    dy = call.scores(call.rows(g, chunk), call.value, chunk, order, 1.0, None)
     lengths = call.lengths(chunk)
     lengths = None if lengths is None else lengths.reshape(-1)
     return y, _softmax_backward(y.flatten(0, 2), dy.flatten(0, 2), lengths, y.dtype).view(y.shape)

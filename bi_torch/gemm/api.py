@@ -15,7 +15,7 @@ that cannot be written, and for a gradient through `out`.
 
 import torch
 
-from bi_torch.gemm.library import DTYPE_NAMES, gemm, gemm_out, output_shape
+from bi_torch.gemm.library import CALLS, DTYPE_NAMES, Key, call_key, gemm, gemm_out, output_shape
 
 _DEVICES = ("cuda", "cpu", "meta")
 
@@ -24,8 +24,11 @@ def mm(
     a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """a [M, K] @ b [K, N] -> [M, N]."""
+    key = call_key("mm", a, b, None, 1.0, 1.0, out_dtype) if out is None else None
+    if key in CALLS:
+        return CALLS[key](a, b, None, 1.0, 1.0)
     _check_dims("mm", a, b, 2)
-    return _run("mm", a, b, None, 1.0, 1.0, out, out_dtype)
+    return _run("mm", a, b, None, 1.0, 1.0, out, out_dtype, key)
 
 
 def addmm(
@@ -43,16 +46,22 @@ def addmm(
     alpha and beta are rounded to float32 once; both products and their sum are rounded one by one. The bias is
     broadcastable to [M, N]; with beta = 0 it is not read.
     """
+    key = call_key("addmm", a, b, bias, alpha, beta, out_dtype) if out is None else None
+    if key in CALLS:
+        return CALLS[key](a, b, bias, alpha, beta)
     _check_dims("addmm", a, b, 2)
-    return _run("addmm", a, b, bias, alpha, beta, out, out_dtype)
+    return _run("addmm", a, b, bias, alpha, beta, out, out_dtype, key)
 
 
 def bmm(
     a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """a [B, M, K] @ b [B, K, N] -> [B, M, N]; the batch sizes are equal."""
+    key = call_key("bmm", a, b, None, 1.0, 1.0, out_dtype) if out is None else None
+    if key in CALLS:
+        return CALLS[key](a, b, None, 1.0, 1.0)
     _check_batches("bmm", a, b)
-    return _run("bmm", a, b, None, 1.0, 1.0, out, out_dtype)
+    return _run("bmm", a, b, None, 1.0, 1.0, out, out_dtype, key)
 
 
 def baddbmm(
@@ -66,14 +75,20 @@ def baddbmm(
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """beta * bias + alpha * (a [B, M, K] @ b [B, K, N]) -> [B, M, N]; roundings as in `addmm`."""
+    key = call_key("baddbmm", a, b, bias, alpha, beta, out_dtype) if out is None else None
+    if key in CALLS:
+        return CALLS[key](a, b, bias, alpha, beta)
     _check_batches("baddbmm", a, b)
-    return _run("baddbmm", a, b, bias, alpha, beta, out, out_dtype)
+    return _run("baddbmm", a, b, bias, alpha, beta, out, out_dtype, key)
 
 
 def matmul(
     a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """torch.matmul: 1-D operands are a row or a column that the result drops, batch dimensions broadcast."""
+    key = call_key("matmul", a, b, None, 1.0, 1.0, out_dtype) if out is None else None
+    if key in CALLS:
+        return CALLS[key](a, b, None, 1.0, 1.0)
     _check_tensor("matmul", a, "a")
     _check_tensor("matmul", b, "b")
     if a.dim() == 0 or b.dim() == 0:
@@ -88,7 +103,7 @@ def matmul(
         _check_tensor("matmul", target, "out")
         target = target.unsqueeze(-1) if column else target
         target = target.unsqueeze(-2) if row else target
-    result = _run("matmul", a, b, None, 1.0, 1.0, target, out_dtype)
+    result = _run("matmul", a, b, None, 1.0, 1.0, target, out_dtype, None if row or column else key)
     if out is not None:
         return out
     result = result.squeeze(-1) if column else result
@@ -103,6 +118,9 @@ def linear(
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """input [*, K] @ weight [N, K]^T + bias [N] -> [*, N], rounded once to the output dtype."""
+    key = call_key("linear", input, weight, bias, 1.0, 1.0, out_dtype)
+    if key in CALLS:
+        return CALLS[key](input, weight, bias, 1.0, 1.0)
     _check_tensor("linear", input, "input")
     _check_tensor("linear", weight, "weight")
     if input.dim() == 0 or weight.dim() != 2:
@@ -113,7 +131,7 @@ def linear(
             raise RuntimeError(f"bi_torch.linear: bias must be [N] = {list(weight.shape[:1])}, got {list(bias.shape)}")
     if input.dim() == 1:
         return _run("linear", input.unsqueeze(0), weight.t(), bias, 1.0, 1.0, None, out_dtype).squeeze(0)
-    return _run("linear", input, weight.t(), bias, 1.0, 1.0, None, out_dtype)
+    return _run("linear", input, weight.t(), bias, 1.0, 1.0, None, out_dtype, key)
 
 
 def _run(
@@ -125,8 +143,9 @@ def _run(
     beta: float,
     out: torch.Tensor | None,
     out_dtype: torch.dtype | None,
+    key: Key | None = None,
 ) -> torch.Tensor:
-    """Check what every op has in common and call the registered op."""
+    """Check what every op has in common and call the registered op; the call is kept by `key`, and is not checked again."""
     if a.dtype not in DTYPE_NAMES or b.dtype != a.dtype:
         raise RuntimeError(
             f"bi_torch.{op}: operands must share one dtype of {', '.join(DTYPE_NAMES.values())}, got {a.dtype} and {b.dtype}"
@@ -142,7 +161,7 @@ def _run(
     if bias is not None:
         _check_bias(op, bias, a, b)
     if out is None:
-        return gemm(a, b, bias, alpha, beta, out_dtype)
+        return gemm(a, b, bias, alpha, beta, out_dtype, key)
     _check_out(op, out, out_dtype, a, b, bias)
     gemm_out(a, b, bias, alpha, beta, out_dtype, out=out)
     return out

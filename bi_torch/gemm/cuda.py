@@ -1,10 +1,9 @@
 """Launches the Triton kernels: which kernel, which schedule, which grid.
 
-Everything that depends on shapes, strides and dtypes alone is decided once and kept as a `_Plan`, so that a call in a
+Everything that depends on shapes, strides and dtypes alone is decided once and kept as a `Plan`, so that a call in a
 decode loop costs a dictionary look-up and a launch.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,12 @@ import triton
 from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bi_torch.device import FIRST_LAUNCH, architecture, bind_context, multiprocessors
+from bi_torch.device import FIRST_LAUNCH, architecture, bind_context, direct_launcher, multiprocessors
+from bi_torch.direct import ALIGNMENT as _TMA_ALIGNMENT
+from bi_torch.direct import signature
 from bi_torch.gemm import triton_kernels
 from shared_specs import GemmContract, GemmSchedule, gemm_contract, gemm_schedule
 
-_TMA_ALIGNMENT = 16
 _MAX_EXTENT = 2**31 - 2**16
 """Row and column numbers are 32-bit in the kernels, a tile beyond the edge included."""
 
@@ -45,27 +45,32 @@ def gemm(
         contract: fixes the bits.
         schedule: overrides the table's.
     """
-    device = out.device.index
+    plan_of(a, b, bias, out, alpha, contract, schedule).launch(a, b, bias, out, alpha, beta)
+
+
+def plan_of(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    alpha: float,
+    contract: GemmContract,
+    schedule: GemmSchedule | None = None,
+) -> "Plan":
+    """The plan of all calls whose tensors have the signatures (`bi_torch.direct`) of these; arguments as for `gemm`."""
     key = (
-        device, a.dtype, out.dtype, a.shape, a.stride(), b.shape, b.stride(), out.stride(),
-        a.data_ptr() % _TMA_ALIGNMENT, b.data_ptr() % _TMA_ALIGNMENT, out.data_ptr() % _TMA_ALIGNMENT,
-        None if bias is None else (bias.dtype, bias.shape, bias.stride(), bias.data_ptr() % _TMA_ALIGNMENT),
-        alpha == 1.0, contract.contract_id, schedule,
+        signature(a), signature(b), signature(out), signature(bias), alpha == 1.0, contract.contract_id, schedule,
     )  # fmt: skip
     plan = _PLANS.get(key)
     if plan is None:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
         plan = _PLANS[key] = _plan(a, b, bias, out, alpha != 1.0, contract, schedule)
-    if device == torch.cuda.current_device():
-        plan.launch(device, (a, b, bias, out, alpha, beta))
-    else:
-        with torch.cuda.device(device):
-            plan.launch(device, (a, b, bias, out, alpha, beta))
+    return plan
 
 
 @dataclass
-class _Plan:
+class Plan:
     """A kernel with everything but its tensors and scalars.
 
     Attributes:
@@ -84,38 +89,34 @@ class _Plan:
     maps: tuple["_TensorMap", ...] = ()
     run: Callable[..., None] | None = None
 
-    def launch(self, device: int, call: tuple[Any, ...]) -> None:
-        """Run on the current stream of the current device, which must be `device`; a profiler's hooks see a full launch."""
+    def launch(
+        self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, alpha: float, beta: float
+    ) -> None:
+        """Run on the current stream of the device of tensors with the signatures of those that it was prepared for."""
+        device = out.get_device()
+        if device == torch._C._cuda_getDevice():
+            self._launch(device, a, b, bias, out, alpha, beta)
+        else:
+            with torch.cuda.device(device):
+                self._launch(device, a, b, bias, out, alpha, beta)
+
+    def _launch(self, device: int, *call: Any) -> None:
+        """Run on the current device, which is `device`; a profiler's hooks see a full launch."""
         if self.run is None or triton.knobs.runtime.launch_enter_hook.calls:
             bind_context()
             arguments = self.arguments(_TensorMap.described, *call)
             self.kernel.warmup(*arguments, grid=self.grid, **self.options)  # compiles, on any number of threads at once
             with FIRST_LAUNCH:
-                self.run = self._launcher(self.kernel[self.grid](*arguments, **self.options))
+                compiled = self.kernel[self.grid](*arguments, **self.options)
+                if self.maps:
+                    for tensor_map, layout in zip(self.maps, compiled.metadata.tensordesc_meta, strict=True):
+                        tensor_map.layout = layout
+                self.run = direct_launcher(compiled, self.grid)
         else:
             self.run(torch._C._cuda_getCurrentRawStream(device), self.arguments(_TensorMap.encoded, *call))
 
-    def _launcher(self, compiled: Any) -> Callable[..., None]:
-        """A launch of `compiled`. Triton encodes every tensor map anew for each call; here they are kept."""
-        launcher = compiled.run
-        launch = launcher.launch
-        if self.maps:
-            for tensor_map, layout in zip(self.maps, compiled.metadata.tensordesc_meta, strict=True):
-                tensor_map.layout = layout
-            launch = inspect.getclosurevars(launch).nonlocals["launcher"]
-        if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
-            raise NotImplementedError("bi_torch.gemm on CUDA: a kernel that needs scratch memory")
-        function, metadata = compiled.function, compiled.packed_metadata
-        features = (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
-        x, y, z = self.grid
 
-        def run(stream: int, arguments: tuple[Any, ...]) -> None:
-            launch(x, y, z, stream, function, *features, metadata, None, None, None, *arguments)
-
-        return run
-
-
-_PLANS: dict[tuple[Any, ...], _Plan] = {}
+_PLANS: dict[tuple[Any, ...], Plan] = {}
 _MAX_PLANS = 1 << 14
 
 
@@ -127,7 +128,7 @@ def _plan(
     scale: bool,
     contract: GemmContract,
     schedule: GemmSchedule | None,
-) -> _Plan:
+) -> Plan:
     if contract.k_leaves != 1:
         raise NotImplementedError(f"bi_torch.gemm on CUDA: k_leaves = {contract.k_leaves}; the kernels implement 1")
     if contract != gemm_contract(contract.operand):
@@ -156,11 +157,11 @@ def _plan(
             )
         programs = min(tiles, multiprocessors(out.device.index)) if schedule.persistent else tiles
         maps, arguments = _tma_arguments(a, b, bias, out, scale, schedule)
-        return _Plan(triton_kernels.gemm_tma, (programs, 1, 1), arguments, options, maps)
+        return Plan(triton_kernels.gemm_tma, (programs, 1, 1), arguments, options, maps)
     if _rest(schedule.block_n):
         raise ValueError(f"bi_torch.gemm on CUDA: without tensor maps block_n must be a power of two, got {schedule.block_n}")
     kernel = triton_kernels.gemm_pointer if contract.split is None else triton_kernels.gemm_split
-    return _Plan(kernel, (tiles * batch, 1, 1), _pointer_arguments(a, b, bias, out, scale, schedule, contract), options)
+    return Plan(kernel, (tiles * batch, 1, 1), _pointer_arguments(a, b, bias, out, scale, schedule, contract), options)
 
 
 def _rest(extent: int) -> int:
@@ -195,6 +196,7 @@ def _tma_arguments(
         a_is_km, b_is_nk, scale, bias is not None, store_tma, block_m, block_n, rest_n, block_k,
         schedule.swap, schedule.group_m, piece_n, schedule.persistent,
     )  # fmt: skip
+    tail = (m, n, k, *out_strides, *bias_strides, *constants)
 
     def arguments(
         mapped: Callable[["_TensorMap", torch.Tensor], tuple[Any, ...]],
@@ -203,7 +205,7 @@ def _tma_arguments(
         return (
             *mapped(a_map, a), *mapped(b_map, b), *((None,) if rest_map is None else mapped(rest_map, b)),
             *((None, out) if out_map is None else (*mapped(out_map, out), None)), bias,
-            alpha, beta, m, n, k, *out_strides, *bias_strides, *constants,
+            alpha, beta, *tail,
         )  # fmt: skip
 
     return tuple(x for x in (a_map, b_map, rest_map, out_map) if x is not None), arguments
@@ -276,8 +278,10 @@ def _pointer_arguments(
         schedule.group_m,
     )
 
+    tail = (*extents, *strides, *constants)
+
     def arguments(_: Any, a: Any, b: Any, bias: Any, out: Any, alpha: float, beta: float) -> tuple[Any, ...]:
-        return (a, b, out, bias, alpha, beta, *extents, *strides, *constants)
+        return (a, b, out, bias, alpha, beta, *tail)
 
     return arguments
 

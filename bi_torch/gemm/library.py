@@ -5,6 +5,7 @@ Inductor calls it and cannot replace it by a matmul of its own.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
+from bi_torch.device import new_tensor
+from bi_torch.direct import kernel_device, signature
 from bi_torch.gemm import cpu, cuda
 from bi_torch.stock import runs_stock
-from bi_torch.transforms import Function, in_transform, record, to_front
+from bi_torch.transforms import Function, record, to_front
 from shared_specs import GemmContract, gemm_contract
 
 _SCHEMA = "(Tensor a, Tensor b, Tensor? bias, float alpha, float beta, ScalarType out_dtype)"
@@ -25,6 +28,8 @@ _LIBRARY.define(f"gemm.out{_SCHEMA[:-1]}, *, Tensor(a!) out) -> ()", tags=(torch
 
 _op = torch.ops.bi_torch.gemm.default
 gemm_out = torch.ops.bi_torch.gemm.out
+
+Key = tuple[Any, ...]
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 """Operand dtypes, by the names that contracts use."""
@@ -43,22 +48,34 @@ def _new_output(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 
 def gemm(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+    out_dtype: torch.dtype,
+    key: Key | None = None,
 ) -> torch.Tensor:
-    """alpha * (a @ b) + beta * bias through the dispatcher; arguments are checked by the caller.
+    """alpha * (a @ b) + beta * bias, through the dispatcher where that matters; arguments are checked by the caller.
 
-    Without a gradient to record, the autograd key is skipped: its kernel would do the same at twice the call overhead.
-    A compiler traces the op itself, and so do the transforms of torch.func.
+    Args:
+        key: from `call_key`, if the caller has one for its own arguments, of which a and b are views; the call is kept by it.
     """
-    if torch.compiler.is_compiling() or in_transform() or _differentiated(a, b, bias):
-        return _op(a, b, bias, alpha, beta, out_dtype)
-    return _below_autograd(a, b, bias, alpha, beta, out_dtype)
+    key = key or call_key("gemm", a, b, bias, alpha, beta, out_dtype)
+    if key is not None:
+        call = CALLS.get(key)
+        return _first_call(key, a, b, bias, alpha, beta, out_dtype) if call is None else call(a, b, bias, alpha, beta)
+    if _device((a, b, bias), alpha, beta) == "cpu":
+        return _cpu(a, b, bias, float(alpha), float(beta), out_dtype)
+    return _op(a, b, bias, alpha, beta, out_dtype)
 
 
 def _below_autograd(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """The op on its device's kernel."""
+    """The op without its gradient."""
+    if _device((a, b, bias), alpha, beta) is not None:
+        return gemm(a, b, bias, alpha, beta, out_dtype)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(a, b, bias, alpha, beta, out_dtype)
 
@@ -84,9 +101,7 @@ def _kernels(run: Callable[..., None]) -> tuple[Callable[..., torch.Tensor], Cal
         out: torch.Tensor,
     ) -> None:
         contract = gemm_contract(DTYPE_NAMES[a.dtype])
-        if bias is not None and np.float32(beta) == 0:
-            bias = None
-        for x, y, z, target in _matrices(a, b, bias, out):
+        for x, y, z, target in _matrices(a, b, bias if _reads_bias(beta) else None, out):
             run(x, y, z, target, alpha=alpha, beta=beta, contract=contract)
 
     def new(
@@ -97,6 +112,10 @@ def _kernels(run: Callable[..., None]) -> tuple[Callable[..., torch.Tensor], Cal
         return out
 
     return runs_stock(new), runs_stock(into)
+
+
+def _reads_bias(beta: float) -> bool:
+    return bool(np.float32(beta) != 0)
 
 
 def _run_on_cpu(
@@ -115,6 +134,63 @@ def _run_on_cpu(
 
 _cuda, _cuda_out = _kernels(cuda.gemm)
 _cpu, _cpu_out = _kernels(_run_on_cpu)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A product on a GPU that is one launch, for all arguments of one key.
+
+    The kernel sees of a tensor where its elements begin, so an operand and a view of all of it serve alike.
+    """
+
+    plan: cuda.Plan
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    reads_bias: bool
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float) -> torch.Tensor:
+        out = new_tensor(self.shape, self.dtype, a.device)
+        self.plan.launch(a, b, bias if self.reads_bias else None, out, float(alpha), float(beta))
+        return out
+
+
+CALLS: dict[Key | None, Call] = {}
+"""Never one for the key None."""
+_MOST_CALLS = 1 << 14
+
+
+def _device(tensors: tuple[torch.Tensor | None, ...], alpha: float, beta: float) -> str | None:
+    """As `kernel_device`; None for scalars that the dispatcher would have to look at."""
+    return kernel_device(tensors) if type(alpha) in (float, int) and type(beta) in (float, int) else None
+
+
+def call_key(
+    op: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+    out_dtype: torch.dtype | None,
+) -> Key | None:
+    """What decides how `op` computes a product of these, and whether it may; None where it cannot be a mere launch."""
+    if _device((a, b, bias), alpha, beta) != "cuda":
+        return None
+    return op, signature(a), signature(b), signature(bias), out_dtype, alpha == 1.0, bias is None or _reads_bias(beta)
+
+
+def _first_call(
+    key: Key, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
+) -> torch.Tensor:
+    out = _cuda(a, b, bias, float(alpha), float(beta), out_dtype)
+    reads_bias = bias is not None and _reads_bias(beta)
+    products = list(_matrices(a, b, bias if reads_bias else None, out))
+    if len(products) == 1:
+        if len(CALLS) >= _MOST_CALLS:
+            CALLS.clear()
+        plan = cuda.plan_of(*products[0], alpha, gemm_contract(DTYPE_NAMES[a.dtype]))
+        CALLS[key] = Call(plan, tuple(out.shape), out.dtype, reads_bias)
+    return out
 
 
 _Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]

@@ -22,7 +22,10 @@ def with_tensors(name: str) -> Callable[[Arguments], Arguments]:
     places = [i for i, argument in enumerate(arguments) if str(argument.type) == "Tensor" and not argument.kwarg_only]
 
     def convert(args: Arguments) -> Arguments:
-        if all(isinstance(args[i], Tensor) for i in places):
+        for i in places:
+            if not isinstance(args[i], Tensor):
+                break
+        else:
             return args
         tensors = [args[i] for i in places if isinstance(args[i], Tensor)]
         return tuple(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._functorch.vmap import lazy_load_decompositions
 from torch.library import Library, get_kernel
 
+from bi_torch.direct import call_device
 from bi_torch.mode import activations, losses, normalization, policy, products, reductions, uncovered
 from bi_torch.mode.numbers import with_tensors
 from bi_torch.mode.override import Function, Override, overload
@@ -116,7 +117,11 @@ def _kernel(name: str, key: str, function: Function, refuse: Callable[..., None]
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         args = tensors(args)
         if not THREAD.inside:
-            result = function(*args, **kwargs)
+            outside, THREAD.device = THREAD.device, call_device(keyset)
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                THREAD.device = outside
             if result is not NotImplemented:
                 return result
             if refuse is not None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 IDS = (torch.int32, torch.int64)
-_DEVICES = ("cuda", "cpu", "meta")
 
 Dims = int | Sequence[int] | None
 
@@ -24,7 +23,7 @@ def check_tensor(op: str, name: str, x: object, dtypes: Sequence[torch.dtype] = 
         raise RuntimeError(f"bi_torch.{op}: {name} must be a dense tensor, got layout {x.layout}")
     if x.dtype not in dtypes:
         raise RuntimeError(f"bi_torch.{op}: {name} must be {_any_of(dtypes)}, got {x.dtype}")
-    if x.device.type not in _DEVICES:
+    if not (x.is_cuda or x.is_cpu or x.is_meta):
         raise RuntimeError(f"bi_torch.{op}: {name} must be on a CPU or CUDA device, got {x.device}")
     if like is not None and x.device != like.device:
         raise RuntimeError(f"bi_torch.{op}: {name} must be on {like.device}, got {x.device}")
@@ -46,6 +45,8 @@ def dims_of(op: str, x: Tensor, dim: Dims) -> tuple[int, ...]:
     """The dimensions that `dim` names, ascending; all for None and ()."""
     if dim is None:
         return tuple(range(x.dim()))
+    if type(dim) is int and 0 < -dim <= x.dim():  # most calls
+        return (dim + x.dim(),)
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     if not dims:
         return tuple(range(x.dim()))

@@ -5,14 +5,16 @@ dictionary look-up and its launches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
 import triton
 
-from bi_torch.device import FIRST_LAUNCH, architecture, multiprocessors
+from bi_torch.device import FIRST_LAUNCH, architecture, direct_launcher, multiprocessors, new_tensor
+from bi_torch.direct import ALIGNMENT as _ALIGNMENT
+from bi_torch.direct import signature
 from bi_torch.rows import triton_kernels
 from bi_torch.rows.schedule import (
     MOST_COOPERATING,
@@ -29,8 +31,7 @@ from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
 from shared_specs.trace import is_elementwise, reads
 
-_ALIGNMENT = 16
-"""Bytes of the widest access."""
+_NO_OUTS: Mapping[str, torch.Tensor] = {}
 
 _MAX_UNIT = 16
 """Elements: what N and the strides are multiples of, as far as a kernel needs to know."""
@@ -65,7 +66,7 @@ def run_rows(
         outs: outputs that exist; one may be an input that a pointwise program updates.
         schedule: overrides the default.
     """
-    return _run(program, inputs, scalars, out_dtypes, outs or {}, schedule, _rows_plan)
+    return _run(program, inputs, scalars, out_dtypes, outs or _NO_OUTS, schedule)
 
 
 def run_columns(
@@ -77,7 +78,7 @@ def run_columns(
     schedule: RowSchedule | None = None,
 ) -> dict[str, torch.Tensor]:
     """The sums [N] of a column program; arguments as for `run_rows`. Of the schedule, `block_rows` and `warps` count."""
-    return _run(program, inputs, scalars, out_dtypes, {}, schedule, _columns_plan)
+    return _run(program, inputs, scalars, out_dtypes, _NO_OUTS, schedule)
 
 
 def _run(
@@ -87,27 +88,34 @@ def _run(
     out_dtypes: Mapping[str, torch.dtype],
     outs: Mapping[str, torch.Tensor],
     schedule: RowSchedule | None,
-    make: Callable[..., "_Plan"],
 ) -> dict[str, torch.Tensor]:
     given = [inputs[name] for name in _tensor_names(program)]
-    device = given[0].device.index
     key = (
-        program, device, schedule, *((x.dtype, x.shape, x.stride(), x.data_ptr() % _ALIGNMENT) for x in given),
-        *out_dtypes.items(), *((name, x.dtype, x.stride(), x.data_ptr() % _ALIGNMENT) for name, x in outs.items()),
+        program, schedule, *map(signature, given), *out_dtypes.items(), *((name, signature(x)) for name, x in outs.items()),
     )  # fmt: skip
     plan = _PLANS.get(key)
     if plan is None:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
-        architecture(device, "bi_torch.rows")
-        plan = _PLANS[key] = make(program, given, out_dtypes, outs, schedule)
-    call = _call(program, plan, given, scalars, outs)
-    if device == torch.cuda.current_device():
-        plan.launch(device, call)
-    else:
-        with torch.cuda.device(device):
-            plan.launch(device, call)
-    return call.outputs
+        plan = _PLANS[key] = prepare(program, given, out_dtypes, outs, schedule)
+    integers = program.integers if isinstance(program, RowProgram) else ()
+    return plan.run(
+        given, tuple(float(scalars[name]) for name in program.scalars), tuple(int(scalars[name]) for name in integers), outs
+    )
+
+
+def prepare(
+    program: RowProgram | ColumnProgram,
+    given: Sequence[torch.Tensor],
+    out_dtypes: Mapping[str, torch.dtype],
+    outs: Mapping[str, torch.Tensor] = _NO_OUTS,
+    schedule: RowSchedule | None = None,
+) -> "Plan":
+    """The plan of all calls whose tensors have the signatures (`bi_torch.direct`) of these; arguments as for `run_rows`."""
+    architecture(given[0].device.index, "bi_torch.rows")
+    if isinstance(program, RowProgram):
+        return _rows_plan(program, given, out_dtypes, outs, schedule)
+    return _columns_plan(program, given, out_dtypes, outs, schedule)
 
 
 @dataclass
@@ -142,27 +150,21 @@ class _Launch:
         if self.run is None or triton.knobs.runtime.launch_enter_hook.calls:
             self.kernel.warmup(*arguments, grid=(self.grid,), **self.options)  # compiles, on any number of threads at once
             with FIRST_LAUNCH:
-                self.run = self._launcher(self.kernel[(self.grid,)](*arguments, **self.options))
+                self.run = direct_launcher(self.kernel[(self.grid,)](*arguments, **self.options), (self.grid, 1, 1))
         else:
             self.run(torch._C._cuda_getCurrentRawStream(device), arguments)
 
-    def _launcher(self, compiled: Any) -> Callable[..., None]:
-        def run(stream: int, arguments: tuple[Any, ...]) -> None:
-            compiled.run(self.grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
-
-        return run
-
 
 @dataclass
-class _Plan:
+class Plan:
     """The launches of a call.
 
     Attributes:
         launches: in order.
         outputs: (name, shape, dtype) of every output.
         workspace: sizes of the float32 buffers.
-        counters: size of an int32 buffer of zeros.
         contiguous: which inputs have to be made so first, by position.
+        counters: size of an int32 buffer of zeros.
     """
 
     launches: list[_Launch]
@@ -171,37 +173,52 @@ class _Plan:
     contiguous: list[int]
     counters: int = 0
 
-    def launch(self, device: int, call: _Call) -> None:
-        for launch in self.launches:
-            launch(device, call)
+    def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> "Plan":
+        """The same launches, with outputs of other shapes, whose elements have the same order."""
+        if self.contiguous:
+            raise ValueError("inputs must not be copied")
+        return replace(self, outputs=[(name, shapes[name], dtype) for name, _, dtype in self.outputs])
+
+    def run(
+        self,
+        given: list[torch.Tensor],
+        scalars: tuple[float, ...],
+        integers: tuple[int, ...],
+        outs: Mapping[str, torch.Tensor] = _NO_OUTS,
+    ) -> dict[str, torch.Tensor]:
+        """Every output, by name, on the current stream; `given` in the order of elements, columns, rows and ids."""
+        call = self.call(given, scalars, integers, outs)
+        device = given[0].get_device()
+        if device == torch._C._cuda_getDevice():
+            for launch in self.launches:
+                launch(device, call)
+        else:
+            with torch.cuda.device(device):
+                for launch in self.launches:
+                    launch(device, call)
+        return call.outputs
+
+    def call(
+        self,
+        given: list[torch.Tensor],
+        scalars: tuple[float, ...],
+        integers: tuple[int, ...],
+        outs: Mapping[str, torch.Tensor] = _NO_OUTS,
+    ) -> _Call:
+        """What the launches read and write, allocated as far as it is not given."""
+        for position in self.contiguous:
+            given[position] = given[position].contiguous()
+        device = given[0].device
+        outputs = {}
+        for name, shape, dtype in self.outputs:
+            outputs[name] = outs[name] if name in outs else new_tensor(shape, dtype, device)
+        workspace = tuple([new_tensor((size,), torch.float32, device) for size in self.workspace])
+        counters = torch.zeros(self.counters, dtype=torch.int32, device=device) if self.counters else None
+        return _Call(tuple(given), scalars, integers, outputs, workspace, counters)
 
 
-_PLANS: dict[tuple[Any, ...], _Plan] = {}
+_PLANS: dict[tuple[Any, ...], Plan] = {}
 _MAX_PLANS = 1 << 14
-
-
-def _call(
-    program: RowProgram | ColumnProgram,
-    plan: _Plan,
-    given: list[torch.Tensor],
-    scalars: Mapping[str, float | int],
-    outs: Mapping[str, torch.Tensor],
-) -> _Call:
-    for position in plan.contiguous:
-        given[position] = given[position].contiguous()
-    device = given[0].device
-    integers = program.integers if isinstance(program, RowProgram) else ()
-    return _Call(
-        tuple(given),
-        tuple(float(scalars[name]) for name in program.scalars),
-        tuple(int(scalars[name]) for name in integers),
-        {
-            name: outs[name] if name in outs else torch.empty(shape, dtype=dtype, device=device)
-            for name, shape, dtype in plan.outputs
-        },
-        tuple(torch.empty(size, dtype=torch.float32, device=device) for size in plan.workspace),
-        torch.zeros(plan.counters, dtype=torch.int32, device=device) if plan.counters else None,
-    )
 
 
 def _tensor_names(program: RowProgram | ColumnProgram) -> tuple[str, ...]:
@@ -211,13 +228,15 @@ def _tensor_names(program: RowProgram | ColumnProgram) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The inputs of a call by kind; `ends` says where each kind ends. A plan keeps this, and no tensor."""
+    """The inputs of a call by kind; `slices` says where each kind stands. A plan keeps this, and no tensor."""
 
-    ends: tuple[int, ...]
+    slices: tuple[slice, slice, slice, slice]
 
     def __call__(self, call: _Call) -> tuple[tuple[torch.Tensor, ...], ...]:
         """Elements, columns, rows, ids."""
-        return tuple(call.inputs[first:end] for first, end in pairwise((0, *self.ends)))
+        inputs = call.inputs
+        elements, columns, rows, ids = self.slices
+        return inputs[elements], inputs[columns], inputs[rows], inputs[ids]
 
 
 @dataclass
@@ -231,7 +250,10 @@ class _Shape:
         self.elements = len(self.program.elements)
         self.rows, self.n = self.given[0].shape
         kinds = (self.program.elements, self.program.columns, self.program.rows, getattr(self.program, "ids", ()))
-        self.parts = _Parts(tuple(accumulate(map(len, kinds))))
+        elements, columns, rows, ids = (
+            slice(end - len(kind), end) for kind, end in zip(kinds, accumulate(map(len, kinds)), strict=True)
+        )
+        self.parts = _Parts((elements, columns, rows, ids))
         for name, x in zip(self.program.elements, self.given, strict=False):
             if x.shape != (self.rows, self.n) or (x.numel() and self.n > 1 and x.stride(1) != 1):
                 raise ValueError(f"{self.program.name}: {name} must be [{self.rows}, {self.n}] with contiguous columns")
@@ -268,7 +290,7 @@ def _rows_plan(
     out_dtypes: Mapping[str, torch.dtype],
     outs: Mapping[str, torch.Tensor],
     schedule: RowSchedule | None,
-) -> _Plan:
+) -> Plan:
     shape = _Shape(program, given)
     rows, n, parts = shape.rows, shape.n, shape.parts
     outputs: list[tuple[str, tuple[int, ...], torch.dtype]]
@@ -277,7 +299,7 @@ def _rows_plan(
     for name, extents, dtype in outputs:
         if name in outs and (outs[name].shape != extents or outs[name].dtype != dtype):
             raise ValueError(f"{program.name}: outs[{name!r}] must be {list(extents)} {dtype}")
-    plan = _Plan([], outputs, [], shape.contiguous())
+    plan = Plan([], outputs, [], shape.contiguous())
     if rows == 0 or (n == 0 and not program.row_outputs):
         return plan
     pitches = [shape.pitch(x) for x in given[: shape.elements]]
@@ -326,7 +348,7 @@ def _rows_plan(
 
 
 def _add_shared(
-    plan: _Plan,
+    plan: Plan,
     shape: _Shape,
     schedule: RowSchedule,
     kinds: tuple[str, ...],
@@ -354,7 +376,7 @@ def _add_shared(
 
 
 def _add_stages(
-    plan: _Plan,
+    plan: Plan,
     shape: _Shape,
     schedule: RowSchedule,
     kinds: tuple[str, ...],
@@ -438,10 +460,10 @@ def _columns_plan(
     out_dtypes: Mapping[str, torch.dtype],
     outs: Mapping[str, torch.Tensor],
     schedule: RowSchedule | None,
-) -> _Plan:
+) -> Plan:
     shape = _Shape(program, given)
     rows, n, parts = shape.rows, shape.n, shape.parts
-    plan = _Plan([], [(name, (n,), out_dtypes[name]) for name in program.sums], [], shape.contiguous())
+    plan = Plan([], [(name, (n,), out_dtypes[name]) for name in program.sums], [], shape.contiguous())
     if n == 0:
         return plan
     pitches = [shape.pitch(x) for x in given[: shape.elements]]

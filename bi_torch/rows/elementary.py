@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bi_torch.rows.library import row_op
+from bi_torch.rows.library import RowOp
 from shared_specs.programs import pointwise as programs
 from shared_specs.rows import RowProgram
 
 
 def _function(program: RowProgram) -> Callable[[Tensor], Tensor]:
-    op = row_op(f"{program.name}(Tensor x, ScalarType dtype) -> Tensor y", program)
+    op = RowOp(f"{program.name}(Tensor x, ScalarType dtype) -> Tensor y", program)
 
     def run(input: Tensor) -> Tensor:
         return op(input.reshape(1, input.numel()), input.dtype).reshape(input.shape)
@@ -25,7 +25,7 @@ FUNCTIONS = {
 }
 """Each of a tensor of one of the contract's dtypes, which the result has too."""
 
-_pow = row_op("pow(Tensor x1, Tensor x2, ScalarType dtype) -> Tensor y", programs.POW)
+_pow = RowOp("pow(Tensor x1, Tensor x2, ScalarType dtype) -> Tensor y", programs.POW)
 
 
 def power(base: Tensor | float, exponent: Tensor | float, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,8 @@ An op is a thin shell over a program of `shared_specs.programs`, on [R, N] tenso
 it and cannot rewrite it. The families (`softmax`, `norm` and so on) register their ops here, next to their public functions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bi_torch.direct import kernel_device, signature
 from bi_torch.stock import runs_stock
-from bi_torch.transforms import Function, in_transform, record, to_front
+from bi_torch.transforms import Function, record, to_front
 from shared_specs.rows import ColumnProgram, RowProgram
 
 _LIBRARY = torch.library.Library("bi_torch", "FRAGMENT")
@@ -22,6 +24,10 @@ _LIBRARY = torch.library.Library("bi_torch", "FRAGMENT")
 STATISTICS = ("mean", "rstd", "max", "log_sum", "norm", "factor")
 """Outputs that stay float32 whatever the dtype of the op; gradients need them and have none themselves."""
 
+_MOST_CALLS = 1 << 12
+"""Signatures of the calls of an op whose preparation is kept."""
+
+Key = tuple[Any, ...]
 Program = RowProgram | ColumnProgram
 Choose = Callable[[SimpleNamespace], Program]
 Gradient = Callable[[SimpleNamespace, SimpleNamespace], Mapping[str, Tensor]]
@@ -60,19 +66,23 @@ class Op:
         self._arguments = [argument.name for argument in self._overload._schema.arguments]
         self.results = [result.name for result in self._overload._schema.returns]
         self._keep, self._gradient, self._by_row = keep, gradient, by_row
-        for key, kernel in {"CPU": runs_stock(cpu), "CUDA": runs_stock(cuda), "Meta": fake}.items():
-            _LIBRARY.impl(self.name, kernel, key)
+        self._kernels = {"cpu": runs_stock(cpu), "cuda": runs_stock(cuda)}
+        for device, kernel in self._kernels.items():
+            _LIBRARY.impl(self.name, kernel, device.upper())
+        _LIBRARY.impl(self.name, fake, "Meta")
         _LIBRARY.impl(self.name, self._autograd(), "Autograd")
         torch.library.register_vmap(f"bi_torch::{self.name}", self._vmap, lib=_LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
-        """The op through the dispatcher.
+        """The op, through the dispatcher where that matters."""
+        device = kernel_device(args)
+        return self._overload(*args) if device is None else self._kernels[device](*args)
 
-        Without a gradient to record, the autograd key is skipped: it would do the same at a higher overhead. A compiler traces
-        the op itself, and so do the transforms of torch.func.
-        """
-        if torch.compiler.is_compiling() or in_transform() or self._differentiated(args):
-            return self._overload(*args)
+    def _below_autograd(self, *args: Any) -> Any:
+        """The op without its gradient."""
+        device = kernel_device(args)
+        if device is not None:
+            return self._kernels[device](*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*args)
 
@@ -87,6 +97,10 @@ class Op:
         """Arguments by name."""
         return SimpleNamespace(**dict(zip(self._arguments, args, strict=True)))
 
+    def positions(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Where arguments stand."""
+        return tuple(self._arguments.index(name) for name in names)
+
     def _autograd(self) -> Callable[..., Any]:
         """The kernel that records the gradient."""
         op = self
@@ -94,7 +108,7 @@ class Op:
         class Recorded(Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                output = below(*args)
+                output = op._below_autograd(*args)
                 op._set_up_context(ctx, args, output)
                 return output
 
@@ -102,12 +116,8 @@ class Op:
             def backward(ctx: Any, *cotangents: Any) -> Any:
                 return op._backward(ctx, *cotangents)
 
-        def below(*args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return op._overload(*args)
-
         def kernel(*args: Any) -> Any:
-            return record(Recorded, *args) if op._differentiated(args) else below(*args)
+            return record(Recorded, *args) if op._differentiated(args) else op._below_autograd(*args)
 
         return kernel
 
@@ -149,33 +159,124 @@ class Op:
         return tuple(gradients.get(name) if name in needs else None for name in self._arguments)
 
 
-def row_op(schema: str, program: Program | Choose, *, keep: tuple[str, ...] = (), gradient: Gradient | None = None) -> Op:
+class RowOp(Op):
     """The op of a program, or of a choice of programs by the arguments.
 
     Arguments are the program's inputs, scalars and integers by name; an input that a variant lacks is optional. A result with
     the name of an input has its dtype; others have that of the argument `dtype`, or float32.
     """
 
-    def chosen(args: SimpleNamespace) -> Program:
-        return program if isinstance(program, Program) else program(args)
+    def __init__(
+        self, schema: str, program: Program | Choose, *, keep: tuple[str, ...] = (), gradient: Gradient | None = None
+    ) -> None:
+        self._program = program
+        self._calls: dict[Key | None, _Call] = {}  # on a GPU; never one for the key None
+        kernels = {"cpu": self._cpu, "cuda": self._cuda, "fake": self._fake}
+        super().__init__(schema, **kernels, keep=keep, gradient=gradient, by_row=self._of_a_row)
 
-    def kernel(engine: Callable[[], ModuleType]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            e = op.arguments(args)
-            return _pack(_run(engine(), chosen(e), e, op.results), op.results)
+    def on_views(
+        self, given: tuple[Any, ...], views: Callable[[], tuple[Any, ...]], restore: Callable[..., Any], *options: Any
+    ) -> Any:
+        """restore(results) of the op on `views()`, which makes arguments of what a public function was given.
 
-        return run
+        On a GPU this is done once for all that have the same key. A kernel sees where a tensor's elements begin, and of shapes
+        and strides what its plan says; so the launches can be repeated on what is given, and write to tensors of the shapes
+        that `restore` makes, if nothing is copied on the way. Checks in `views` are not repeated either.
 
-    def fake(*args: Any) -> Any:
-        e = op.arguments(args)
-        return _pack(_new_outputs(chosen(e), e, op.results), op.results)
+        Args:
+            given: in the order of the op's arguments.
+            views: the op's arguments; tensors are views of the same elements.
+            restore: gives views of all results in the order of the schema.
+            options: all else that `views` and `restore` depend on.
+        """
+        key = (options, *map(signature, given)) if kernel_device(given) == "cuda" else None
+        call = self._calls.get(key)
+        if call is not None:
+            return call(given)
+        args = views()
+        outputs = _several(self(*args))
+        results = restore(*outputs)
+        if key is not None:
+            self._keep_views(key, given, args, outputs, _several(results))
+        return results
 
-    def by_row(args: SimpleNamespace) -> frozenset[str]:
-        p = chosen(args)
+    def _keep_views(
+        self, key: Key, given: tuple[Any, ...], args: tuple[Any, ...], outputs: tuple[Tensor, ...], results: tuple[Tensor, ...]
+    ) -> None:
+        """Keep the call on `args` for what they are views of, unless something was copied."""
+        call = self._calls.get(self._key_of(args))
+        viewed = map(_same_memory, (*args, *outputs), (*given, *results))
+        if call is not None and call.as_they_are and all(viewed) and all(y.is_contiguous() for y in results):
+            shapes = {name: tuple(y.shape) for name, y in zip(self.results, results, strict=True)}
+            self._keep_call(key, replace(call, plan=call.plan.with_shapes(shapes)))
+
+    def _key_of(self, args: tuple[Any, ...]) -> Key:
+        return (None, *map(signature, args))
+
+    def _keep_call(self, key: Key, call: "_Call") -> None:
+        if len(self._calls) >= _MOST_CALLS:
+            self._calls.clear()
+        self._calls[key] = call
+
+    def _chosen(self, e: SimpleNamespace) -> Program:
+        return self._program if isinstance(self._program, Program) else self._program(e)
+
+    def _cpu(self, *args: Any) -> Any:
+        e = self.arguments(args)
+        return _pack(_run(_cpu(), self._chosen(e), e, self.results), self.results)
+
+    def _cuda(self, *args: Any) -> Any:
+        key = self._key_of(args)
+        call = self._calls.get(key)
+        if call is None:
+            call = _Call.of(self, self._chosen(self.arguments(args)), args)
+            self._keep_call(key, call)
+        return call(args)
+
+    def _fake(self, *args: Any) -> Any:
+        e = self.arguments(args)
+        return _pack(_new_outputs(self._chosen(e), e, self.results), self.results)
+
+    def _of_a_row(self, e: SimpleNamespace) -> frozenset[str]:
+        p = self._chosen(e)
         return frozenset() if isinstance(p, ColumnProgram) else frozenset({*p.elements, *p.rows, *p.ids})
 
-    op = Op(schema, cpu=kernel(_cpu), cuda=kernel(_cuda), fake=fake, keep=keep, gradient=gradient, by_row=by_row)
-    return op
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a program on a GPU, for all arguments with the same key.
+
+    Attributes:
+        plan: the launches.
+        tensors, scalars, integers: the program's arguments by their positions among the op's.
+        as_they_are: no tensor has to be copied before the launch.
+    """
+
+    op: RowOp
+    program: Program
+    plan: Any
+    tensors: tuple[int, ...]
+    scalars: tuple[int, ...]
+    integers: tuple[int, ...]
+    as_they_are: bool
+
+    @staticmethod
+    def of(op: RowOp, program: Program, args: tuple[Any, ...]) -> "_Call":
+        e = op.arguments(args)
+        given = _operands(program, e)
+        plan = _cuda().prepare(program, list(given.values()), {name: _out_dtype(name, e) for name in op.results})
+        tensors, scalars = op.positions(given), op.positions(program.scalars)
+        integers = op.positions(program.integers) if isinstance(program, RowProgram) else ()
+        as_they_are = all(x is getattr(e, name) for name, x in given.items())
+        return _Call(op, program, plan, tensors, scalars, integers, as_they_are)
+
+    def __call__(self, args: tuple[Any, ...]) -> Any:
+        if self.as_they_are:
+            given = [args[i] for i in self.tensors]
+        else:
+            given = list(_operands(self.program, self.op.arguments(args)).values())
+        scalars, integers = tuple([float(args[i]) for i in self.scalars]), tuple([int(args[i]) for i in self.integers])
+        return _pack(self.plan.run(given, scalars, integers), self.op.results)
 
 
 def in_place_op(schema: str, program: Callable[[SimpleNamespace], RowProgram]) -> Callable[..., None]:
@@ -216,16 +317,28 @@ def _cuda() -> ModuleType:
 def _run(
     engine: ModuleType, program: Program, e: SimpleNamespace, results: list[str], outs: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    inputs = {name: _with_rows(getattr(e, name)) for name in program.elements}
-    inputs |= {name: getattr(e, name).contiguous() for name in program.columns}
-    inputs |= {name: getattr(e, name).to(torch.float32).contiguous() for name in program.rows}
+    inputs = _operands(program, e)
     scalars = {name: getattr(e, name) for name in program.scalars}
     dtypes = {name: _out_dtype(name, e) for name in results}
     if isinstance(program, ColumnProgram):
         return engine.run_columns(program, inputs, scalars, dtypes)
-    inputs |= {name: getattr(e, name).contiguous() for name in program.ids}
     scalars |= {name: getattr(e, name) for name in program.integers}
     return engine.run_rows(program, inputs, scalars, dtypes, outs=outs)
+
+
+def _operands(program: Program, e: SimpleNamespace) -> dict[str, Tensor]:
+    """The inputs of a program as the engines take them, in their order."""
+    inputs = {name: _with_rows(getattr(e, name)) for name in program.elements}
+    inputs |= {name: getattr(e, name).contiguous() for name in program.columns}
+    inputs |= {name: getattr(e, name).to(torch.float32).contiguous() for name in program.rows}
+    if isinstance(program, RowProgram):
+        inputs |= {name: getattr(e, name).contiguous() for name in program.ids}
+    return inputs
+
+
+def _same_memory(x: Any, y: Any) -> bool:
+    """Whether tensors begin at one place, and hold values of one dtype; what is no tensor is as it was given."""
+    return not isinstance(x, Tensor) or (x.data_ptr() == y.data_ptr() and x.dtype == y.dtype)
 
 
 def _with_rows(x: Tensor) -> Tensor:

@@ -5,25 +5,26 @@ Weights and biases have the input's dtype or float32. Their gradients are sums o
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bi_torch.rows.arguments import check_shape, check_tensor, from_rows, reduced, to_rows
-from bi_torch.rows.library import row_op
+from bi_torch.rows.arguments import FLOATS, check_shape, check_tensor, from_rows, reduced, to_rows
+from bi_torch.rows.library import RowOp
 from shared_specs.programs import norm as programs
 
-_column_sum = row_op("column_sum(Tensor x, ScalarType dtype) -> Tensor y", programs.COLUMN_SUM)
+_column_sum = RowOp("column_sum(Tensor x, ScalarType dtype) -> Tensor y", programs.COLUMN_SUM)
 
-_layer_norm_backward = row_op(
+_layer_norm_backward = RowOp(
     "layer_norm_backward(Tensor x, Tensor g, Tensor? weight, Tensor mean, Tensor rstd, ScalarType dtype) -> Tensor dx",
     lambda e: programs.layer_norm_backward(weight=e.weight is not None),
 )
-_layer_norm_weight = row_op(
+_layer_norm_weight = RowOp(
     "layer_norm_weight(Tensor x, Tensor g, Tensor mean, Tensor rstd, ScalarType dtype) -> Tensor dweight",
     programs.layer_norm_parameters(weight=True, bias=False),
 )
-_layer_norm_parameters = row_op(
+_layer_norm_parameters = RowOp(
     "layer_norm_parameters(Tensor x, Tensor g, Tensor mean, Tensor rstd, ScalarType dtype) -> (Tensor dweight, Tensor dbias)",
     programs.layer_norm_parameters(weight=True, bias=True),
 )
@@ -43,18 +44,18 @@ def _layer_norm_gradient(s: SimpleNamespace, g: SimpleNamespace) -> dict[str, Te
     return gradients
 
 
-_layer_norm = row_op(
+_layer_norm = RowOp(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) -> (Tensor y, Tensor mean, Tensor rstd)",
     lambda e: programs.layer_norm(weight=e.weight is not None, bias=e.bias is not None),
     keep=("x", "weight", "mean", "rstd"),
     gradient=_layer_norm_gradient,
 )
 
-_rms_norm_backward = row_op(
+_rms_norm_backward = RowOp(
     "rms_norm_backward(Tensor x, Tensor g, Tensor? dh, Tensor? weight, Tensor rstd, ScalarType dtype) -> Tensor dx",
     lambda e: programs.rms_norm_backward(weight=e.weight is not None, residual=e.dh is not None),
 )
-_rms_norm_parameters = row_op(
+_rms_norm_parameters = RowOp(
     "rms_norm_parameters(Tensor x, Tensor g, Tensor rstd, ScalarType dtype) -> Tensor dweight", programs.RMS_NORM_PARAMETERS
 )
 
@@ -68,7 +69,7 @@ def _rms_norm_gradient(s: SimpleNamespace, g: SimpleNamespace) -> dict[str, Tens
     return gradients
 
 
-_rms_norm = row_op(
+_rms_norm = RowOp(
     "rms_norm(Tensor x, Tensor? weight, float eps, ScalarType dtype) -> (Tensor y, Tensor rstd)",
     lambda e: programs.rms_norm(weight=e.weight is not None),
     keep=("x", "weight", "rstd"),
@@ -85,7 +86,7 @@ def _fused_add_rms_norm_gradient(s: SimpleNamespace, g: SimpleNamespace) -> dict
     return gradients
 
 
-_fused_add_rms_norm = row_op(
+_fused_add_rms_norm = RowOp(
     "fused_add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, ScalarType dtype)"
     " -> (Tensor y, Tensor h, Tensor rstd)",
     lambda e: programs.fused_add_rms_norm(e.weight is not None, str(e.dtype).removeprefix("torch.")),
@@ -109,10 +110,17 @@ def native_layer_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`layer_norm`, and the mean and 1 / sqrt(variance + eps) of every row, float32 with 1 for each dimension of the row."""
-    dims = _trailing("layer_norm", input, normalized_shape)
-    columns = [_column("layer_norm", name, x, input, normalized_shape) for name, x in (("weight", weight), ("bias", bias))]
-    y, mean, rstd = _layer_norm(to_rows(input, dims), *columns, float(eps), input.dtype)
-    return from_rows(y, input, dims), reduced(mean, input, dims, True), reduced(rstd, input, dims, True)
+
+    def rows() -> tuple[Any, ...]:
+        dims = _trailing("layer_norm", input, normalized_shape)
+        columns = [_column("layer_norm", name, x, input, normalized_shape) for name, x in (("weight", weight), ("bias", bias))]
+        return to_rows(input, dims), *columns, float(eps), input.dtype
+
+    def restored(y: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
+        dims = _trailing("layer_norm", input, normalized_shape)
+        return from_rows(y, input, dims), *(reduced(x, input, dims, True) for x in statistics)
+
+    return _layer_norm.on_views((input, weight, bias, eps, None), rows, restored, _key(normalized_shape))
 
 
 def native_layer_norm_backward(
@@ -144,11 +152,19 @@ def fused_rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     """`rms_norm`, and 1 / sqrt(mean of squares + eps) of every row, float32 with 1 for each dimension of the row."""
-    dims = _trailing("rms_norm", input, normalized_shape)
-    column = _column("rms_norm", "weight", weight, input, normalized_shape)
-    eps = torch.finfo(input.dtype).eps if eps is None else float(eps)
-    y, rstd = _rms_norm(to_rows(input, dims), column, eps, input.dtype)
-    return from_rows(y, input, dims), reduced(rstd, input, dims, True)
+    if eps is None:
+        eps = torch.finfo(input.dtype).eps if isinstance(input, Tensor) and input.dtype in FLOATS else 0.0
+
+    def rows() -> tuple[Any, ...]:
+        dims = _trailing("rms_norm", input, normalized_shape)
+        column = _column("rms_norm", "weight", weight, input, normalized_shape)
+        return to_rows(input, dims), column, float(eps), input.dtype
+
+    def restored(y: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+        dims = _trailing("rms_norm", input, normalized_shape)
+        return from_rows(y, input, dims), reduced(rstd, input, dims, True)
+
+    return _rms_norm.on_views((input, weight, eps, None), rows, restored, _key(normalized_shape))
 
 
 def fused_rms_norm_backward(
@@ -177,6 +193,10 @@ def fused_add_rms_norm(
     column = _column("fused_add_rms_norm", "weight", weight, input, input.shape[-1:])
     y, h, _ = _fused_add_rms_norm(to_rows(input, dims), to_rows(residual, dims), column, float(eps), input.dtype)
     return from_rows(y, input, dims), from_rows(h, input, dims)
+
+
+def _key(normalized_shape: Sequence[int]) -> Any:
+    return normalized_shape if isinstance(normalized_shape, int) else tuple(normalized_shape)
 
 
 def _one_column(x: Tensor) -> Tensor:

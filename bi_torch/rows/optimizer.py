@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from bi_torch.rows.arguments import check_shape, check_tensor
-from bi_torch.rows.library import in_place_op, row_op
+from bi_torch.rows.library import RowOp, in_place_op
 from shared_specs.programs import optimizer as programs
 
-_norm_squared = row_op("sum_of_squares(Tensor x) -> Tensor y", programs.SUM_OF_SQUARES)
-_clip_factor = row_op("clip_factor(Tensor x, float max_norm) -> (Tensor norm, Tensor factor)", programs.CLIP_FACTOR)
-_scale = row_op("scale(Tensor x, Tensor factor, ScalarType dtype) -> Tensor y", programs.SCALE)
+_norm_squared = RowOp("sum_of_squares(Tensor x) -> Tensor y", programs.SUM_OF_SQUARES)
+_clip_factor = RowOp("clip_factor(Tensor x, float max_norm) -> (Tensor norm, Tensor factor)", programs.CLIP_FACTOR)
+_scale = RowOp("scale(Tensor x, Tensor factor, ScalarType dtype) -> Tensor y", programs.SCALE)
 
 _sgd_program = programs.sgd(momentum=False, nesterov=False, first=False)
-_sgd = row_op("sgd(Tensor p, Tensor g, float lr, float weight_decay) -> Tensor p", _sgd_program)
+_sgd = RowOp("sgd(Tensor p, Tensor g, float lr, float weight_decay) -> Tensor p", _sgd_program)
 _sgd_in_place = in_place_op("sgd_(Tensor(a!) p, Tensor g, float lr, float weight_decay) -> ()", lambda e: _sgd_program)
 
 _MOMENTUM = "float lr, float weight_decay, float momentum, float dampening, bool nesterov"
-_sgd_momentum = row_op(
+_sgd_momentum = RowOp(
     f"sgd_momentum(Tensor p, Tensor g, Tensor? buffer, {_MOMENTUM}, ScalarType dtype) -> (Tensor p, Tensor buffer)",
     lambda e: programs.sgd(momentum=True, nesterov=e.nesterov, first=e.buffer is None),
 )
@@ -28,7 +28,7 @@ _sgd_momentum_in_place = in_place_op(
 )
 
 _ADAMW = "float lr, float beta1, float beta2, float eps, float weight_decay, int step"
-_adamw = row_op(f"adamw(Tensor p, Tensor g, Tensor m, Tensor v, {_ADAMW}) -> (Tensor p, Tensor m, Tensor v)", programs.ADAMW)
+_adamw = RowOp(f"adamw(Tensor p, Tensor g, Tensor m, Tensor v, {_ADAMW}) -> (Tensor p, Tensor m, Tensor v)", programs.ADAMW)
 _adamw_in_place = in_place_op(
     f"adamw_(Tensor(a!) p, Tensor g, Tensor(b!) m, Tensor(c!) v, {_ADAMW}) -> ()", lambda e: programs.ADAMW
 )

@@ -4,19 +4,19 @@ import torch
 from torch import Tensor
 
 from bi_torch.rows.arguments import check_shape, check_tensor
-from bi_torch.rows.library import Op, row_op
+from bi_torch.rows.library import Op, RowOp
 from shared_specs.programs import pointwise as programs
 from shared_specs.rotary import inverse_frequencies
 from shared_specs.rows import RowProgram
 
-_GRADIENTS: dict[str, Op] = {}
+_GRADIENTS: dict[str, RowOp] = {}
 
 
-def _unary(program: RowProgram, backward: RowProgram) -> Op:
+def _unary(program: RowProgram, backward: RowProgram) -> RowOp:
     """The op of a function of one input, whose gradient is a program of the input and the cotangent."""
-    backward_op = row_op(f"{backward.name}(Tensor x, Tensor g, ScalarType dtype) -> Tensor dx", backward)
+    backward_op = RowOp(f"{backward.name}(Tensor x, Tensor g, ScalarType dtype) -> Tensor dx", backward)
     _GRADIENTS[program.name] = backward_op
-    return row_op(
+    return RowOp(
         f"{program.name}(Tensor x, ScalarType dtype) -> Tensor y",
         program,
         keep=("x",),
@@ -36,20 +36,20 @@ _silu = _unary(programs.SILU, programs.SILU_BACKWARD)
 _gelu = _unary(programs.GELU, programs.GELU_BACKWARD)
 _gelu_tanh = _unary(programs.GELU_TANH, programs.GELU_TANH_BACKWARD)
 
-_silu_mul_backward = row_op(
+_silu_mul_backward = RowOp(
     "silu_mul_backward(Tensor x, Tensor up, Tensor g, ScalarType dtype) -> (Tensor dx, Tensor dup)", programs.SILU_MUL_BACKWARD
 )
-_silu_mul = row_op(
+_silu_mul = RowOp(
     "silu_mul(Tensor x, Tensor up, ScalarType dtype) -> Tensor y",
     programs.SILU_MUL,
     keep=("x", "up"),
     gradient=lambda s, g: dict(zip(("x", "up"), _silu_mul_backward(s.x, s.up, g.y, s.x.dtype), strict=True)),
 )
 
-_rotary = row_op(
+_rotary = RowOp(
     "rotary(Tensor x1, Tensor x2, Tensor cos, Tensor sin, ScalarType dtype) -> (Tensor y1, Tensor y2)", programs.ROTARY
 )
-_rotary_backward = row_op(
+_rotary_backward = RowOp(
     "rotary_backward(Tensor g1, Tensor g2, Tensor cos, Tensor sin, ScalarType dtype) -> (Tensor dx1, Tensor dx2)",
     programs.ROTARY_BACKWARD,
 )
@@ -91,7 +91,7 @@ _rotary_embedding = Op(
     keep=("cos", "sin"),
     gradient=lambda s, g: {"x": _rotary_embedding_backward(g.y, s.cos, s.sin, s.interleaved)},
 )
-_rotary_tables = row_op("rotary_tables(Tensor frequency, Tensor position) -> (Tensor cos, Tensor sin)", programs.ROTARY_TABLES)
+_rotary_tables = RowOp("rotary_tables(Tensor frequency, Tensor position) -> (Tensor cos, Tensor sin)", programs.ROTARY_TABLES)
 
 
 def exp(input: Tensor) -> Tensor:
@@ -161,7 +161,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     check_tensor("silu_mul", "gate", gate)
     check_tensor("silu_mul", "up", up, (gate.dtype,), like=gate)
     check_shape("silu_mul", "up", up, gate.shape)
-    return _silu_mul(_one_row(gate), _one_row(up), gate.dtype).reshape(gate.shape)
+    return _silu_mul.on_views(
+        (gate, up, gate.dtype), lambda: (_one_row(gate), _one_row(up), gate.dtype), lambda y: y.reshape(gate.shape)
+    )
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -194,13 +196,15 @@ def _one_row(x: Tensor) -> Tensor:
     return x.reshape(1, x.numel())
 
 
-def _elementwise(name: str, op: Op, input: Tensor) -> Tensor:
+def _elementwise(name: str, op: RowOp, input: Tensor) -> Tensor:
     check_tensor(name, "input", input)
-    return op(_one_row(input), input.dtype).reshape(input.shape)
+    return op.on_views((input, input.dtype), lambda: (_one_row(input), input.dtype), lambda y: y.reshape(input.shape))
 
 
 def _gradient(name: str, g: Tensor, input: Tensor) -> Tensor:
     check_tensor(f"{name}_backward", "input", input)
     check_tensor(f"{name}_backward", "g", g, like=input)
     check_shape(f"{name}_backward", "g", g, input.shape)
-    return _GRADIENTS[name](_one_row(input), _one_row(g), input.dtype).reshape(input.shape)
+    return _GRADIENTS[name].on_views(
+        (input, g, input.dtype), lambda: (_one_row(input), _one_row(g), input.dtype), lambda dx: dx.reshape(input.shape)
+    )

@@ -10,62 +10,62 @@ import torch
 from torch import Tensor
 
 from bi_torch.rows.arguments import FLOATS, Dims, check_dtype, check_shape, check_tensor, dims_of, reduced, to_rows
-from bi_torch.rows.library import Op, row_op
+from bi_torch.rows.library import RowOp
 from shared_specs.programs import reduce as programs
 from shared_specs.programs import softmax as softmax_programs
 
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-_spread = row_op("spread(Tensor like, Tensor g, ScalarType dtype) -> Tensor dx", programs.SPREAD)
-_sum = row_op(
+_spread = RowOp("spread(Tensor like, Tensor g, ScalarType dtype) -> Tensor dx", programs.SPREAD)
+_sum = RowOp(
     "sum(Tensor x, ScalarType dtype) -> Tensor y",
     programs.SUM,
     keep=("x",),
     gradient=lambda s, g: {"x": _spread(s.x, g.y, s.x.dtype)},
 )
 
-_mean_backward = row_op("mean_backward(Tensor like, Tensor g, ScalarType dtype) -> Tensor dx", programs.MEAN_BACKWARD)
-_mean = row_op(
+_mean_backward = RowOp("mean_backward(Tensor like, Tensor g, ScalarType dtype) -> Tensor dx", programs.MEAN_BACKWARD)
+_mean = RowOp(
     "mean(Tensor x, ScalarType dtype) -> Tensor y",
     programs.MEAN,
     keep=("x",),
     gradient=lambda s, g: {"x": _mean_backward(s.x, g.y, s.x.dtype)},
 )
 
-_var_backward = row_op(
+_var_backward = RowOp(
     "var_backward(Tensor x, Tensor g, Tensor mean, float correction, ScalarType dtype) -> Tensor dx", programs.VAR_BACKWARD
 )
-_var = row_op(
+_var = RowOp(
     "var(Tensor x, float correction, ScalarType dtype) -> (Tensor y, Tensor mean)",
     programs.VAR,
     keep=("x", "mean"),
     gradient=lambda s, g: {"x": _var_backward(s.x, g.y, s.mean, s.correction, s.x.dtype)},
 )
 
-_std_backward = row_op(
+_std_backward = RowOp(
     "std_backward(Tensor x, Tensor g, Tensor y, Tensor mean, float correction, ScalarType dtype) -> Tensor dx",
     programs.STD_BACKWARD,
 )
-_std = row_op(
+_std = RowOp(
     "std(Tensor x, float correction, ScalarType dtype) -> (Tensor y, Tensor mean)",
     programs.STD,
     keep=("x", "y", "mean"),
     gradient=lambda s, g: {"x": _std_backward(s.x, g.y, s.y, s.mean, s.correction, s.x.dtype)},
 )
 
-_norm_backward = row_op("norm_backward(Tensor x, Tensor g, Tensor y, ScalarType dtype) -> Tensor dx", programs.NORM_BACKWARD)
-_norm = row_op(
+_norm_backward = RowOp("norm_backward(Tensor x, Tensor g, Tensor y, ScalarType dtype) -> Tensor dx", programs.NORM_BACKWARD)
+_norm = RowOp(
     "norm(Tensor x, ScalarType dtype) -> Tensor y",
     programs.NORM,
     keep=("x", "y"),
     gradient=lambda s, g: {"x": _norm_backward(s.x, g.y, s.y, s.x.dtype)},
 )
 
-_squared_error_backward = row_op(
+_squared_error_backward = RowOp(
     "squared_error_backward(Tensor x, Tensor target, Tensor g, bool mean, ScalarType dtype) -> (Tensor dx, Tensor dtarget)",
     lambda e: programs.squared_error_backward(e.mean),
 )
-_squared_error = row_op(
+_squared_error = RowOp(
     "squared_error(Tensor x, Tensor target, bool mean, ScalarType dtype) -> Tensor y",
     lambda e: programs.squared_error(e.mean),
     keep=("x", "target"),
@@ -74,7 +74,7 @@ _squared_error = row_op(
     ),
 )
 
-_extreme_backward = row_op(
+_extreme_backward = RowOp(
     "extreme_backward(Tensor x, Tensor g, Tensor y, ScalarType dtype) -> Tensor dx", programs.EXTREME_BACKWARD
 )
 
@@ -83,13 +83,13 @@ def _extreme_gradient(s: SimpleNamespace, g: SimpleNamespace) -> dict[str, Tenso
     return {"x": _extreme_backward(s.x, g.y, s.y, s.x.dtype)}
 
 
-_amax = row_op("amax(Tensor x, ScalarType dtype) -> Tensor y", programs.AMAX, keep=("x", "y"), gradient=_extreme_gradient)
-_amin = row_op("amin(Tensor x, ScalarType dtype) -> Tensor y", programs.AMIN, keep=("x", "y"), gradient=_extreme_gradient)
+_amax = RowOp("amax(Tensor x, ScalarType dtype) -> Tensor y", programs.AMAX, keep=("x", "y"), gradient=_extreme_gradient)
+_amin = RowOp("amin(Tensor x, ScalarType dtype) -> Tensor y", programs.AMIN, keep=("x", "y"), gradient=_extreme_gradient)
 
-_logsumexp_backward = row_op(
+_logsumexp_backward = RowOp(
     "logsumexp_backward(Tensor x, Tensor g, Tensor y, ScalarType dtype) -> Tensor dx", softmax_programs.LOGSUMEXP_BACKWARD
 )
-_logsumexp = row_op(
+_logsumexp = RowOp(
     "logsumexp(Tensor x, ScalarType dtype) -> Tensor y",
     softmax_programs.LOGSUMEXP,
     keep=("x", "y"),
@@ -108,7 +108,7 @@ def sum(  # noqa: A001
     if dtype in INTEGERS:
         return torch.sum(input, dims, keepdim, dtype=dtype)
     check_dtype("sum", dtype)
-    return reduced(_sum(to_rows(_floating(input), dims), dtype), input, dims, keepdim)
+    return _reduce(_sum, input, dims, keepdim, dtype)
 
 
 def mean(input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -117,7 +117,7 @@ def mean(input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch
     dims = dims_of("mean", input, dim)
     dtype = dtype or input.dtype
     check_dtype("mean", dtype)
-    return reduced(_mean(to_rows(_floating(input), dims), dtype), input, dims, keepdim)
+    return _reduce(_mean, input, dims, keepdim, dtype)
 
 
 def amax(input: Tensor, dim: Dims = (), keepdim: bool = False) -> Tensor:
@@ -154,7 +154,7 @@ def norm(input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch
     check_tensor("norm", "input", input)
     dims, dtype = dims_of("norm", input, dim), dtype or input.dtype
     check_dtype("norm", dtype)
-    return reduced(_norm(to_rows(input, dims), dtype), input, dims, keepdim)
+    return _reduce(_norm, input, dims, keepdim, dtype)
 
 
 def prod(input: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -189,8 +189,8 @@ def squared_error(input: Tensor, target: Tensor, mean: bool) -> Tensor:
 def logsumexp(input: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:
     """log(sum(exp(input))) over `dim`. Integers and bools give float32."""
     check_tensor("logsumexp", "input", input, FLOATS + INTEGERS)
-    dims, x = dims_of("logsumexp", input, dim), _floating(input)
-    return reduced(_logsumexp(to_rows(x, dims), x.dtype), input, dims, keepdim)
+    dtype = input.dtype if input.dtype in FLOATS else torch.float32
+    return _reduce(_logsumexp, input, dims_of("logsumexp", input, dim), keepdim, dtype)
 
 
 def _floating(x: Tensor) -> Tensor:
@@ -198,7 +198,18 @@ def _floating(x: Tensor) -> Tensor:
     return x if x.dtype in FLOATS else x.to(torch.float32)
 
 
-def _extreme(name: str, op: Op, input: Tensor, dim: Dims, keepdim: bool) -> Tensor:
+def _reduce(op: RowOp, input: Tensor, dims: tuple[int, ...], keepdim: bool, dtype: torch.dtype) -> Tensor:
+    """The op over `dims`, in the shape that is left."""
+    return op.on_views(
+        (input, dtype),
+        lambda: (to_rows(_floating(input), dims), dtype),
+        lambda y: reduced(y, input, dims, keepdim),
+        dims,
+        keepdim,
+    )
+
+
+def _extreme(name: str, op: RowOp, input: Tensor, dim: Dims, keepdim: bool) -> Tensor:
     check_tensor(name, "input", input, FLOATS + INTEGERS)
     dims = dims_of(name, input, dim)
     if input.dtype in INTEGERS:
@@ -207,4 +218,4 @@ def _extreme(name: str, op: Op, input: Tensor, dim: Dims, keepdim: bool) -> Tens
         if dim is None or (not isinstance(dim, int) and not len(dim)):
             raise RuntimeError(f"bi_torch.{name}: an empty input has no extreme element; name the dimensions to reduce")
         raise IndexError(f"bi_torch.{name}: expected reduction dim {empty[0]} to have non-zero size")
-    return reduced(op(to_rows(input, dims), input.dtype), input, dims, keepdim)
+    return _reduce(op, input, dims, keepdim, input.dtype)

@@ -9,24 +9,24 @@ import torch
 from torch import Tensor
 
 from bi_torch.rows.arguments import FLOATS, IDS, check_dtype, check_shape, check_tensor, dims_of, from_rows, to_rows
-from bi_torch.rows.library import Op, row_op
+from bi_torch.rows.library import Op, RowOp
 from bi_torch.rows.reduce import INTEGERS
 from bi_torch.rows.reduce import sum as sum_over
 from shared_specs.programs import reduce as reduce_programs
 from shared_specs.programs import softmax as programs
 
-_softmax_backward = row_op("softmax_backward(Tensor y, Tensor g, ScalarType dtype) -> Tensor dx", programs.SOFTMAX_BACKWARD)
-_softmax = row_op(
+_softmax_backward = RowOp("softmax_backward(Tensor y, Tensor g, ScalarType dtype) -> Tensor dx", programs.SOFTMAX_BACKWARD)
+_softmax = RowOp(
     "softmax(Tensor x, ScalarType dtype) -> Tensor y",
     programs.SOFTMAX,
     keep=("y",),
     gradient=lambda s, g: {"x": _softmax_backward(s.y, g.y, s.dtypes["x"])},
 )
 
-_log_softmax_backward = row_op(
+_log_softmax_backward = RowOp(
     "log_softmax_backward(Tensor y, Tensor g, ScalarType dtype) -> Tensor dx", programs.LOG_SOFTMAX_BACKWARD
 )
-_log_softmax = row_op(
+_log_softmax = RowOp(
     "log_softmax(Tensor x, ScalarType dtype) -> Tensor y",
     programs.LOG_SOFTMAX,
     keep=("y",),
@@ -44,15 +44,19 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
     return _over_dim("log_softmax", _log_softmax, input, dim, dtype)
 
 
-def _over_dim(name: str, op: Op, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+def _over_dim(name: str, op: RowOp, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
     check_tensor(name, "input", input, FLOATS if dtype is None else FLOATS + INTEGERS)
     if not isinstance(dim, int):
         raise TypeError(f"bi_torch.{name}: dim must be int, got {type(dim).__name__}")
     dims = dims_of(name, input, dim)
     dtype = dtype or input.dtype
     check_dtype(name, dtype)
-    x = input if input.dtype in FLOATS else input.to(torch.float32)
-    return from_rows(op(to_rows(x, dims), dtype), input, dims)
+    return op.on_views(
+        (input, dtype),
+        lambda: (to_rows(input if input.dtype in FLOATS else input.to(torch.float32), dims), dtype),
+        lambda y: from_rows(y, input, dims),
+        dims,
+    )
 
 
 def softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -65,20 +69,22 @@ def log_softmax_backward(g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> 
     return _gradient_over_dim("log_softmax_backward", _log_softmax_backward, g, y, dim, dtype)
 
 
-def _gradient_over_dim(name: str, op: Op, g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+def _gradient_over_dim(name: str, op: RowOp, g: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     check_tensor(name, "y", y)
     check_tensor(name, "g", g, like=y)
     check_shape(name, "g", g, y.shape)
     dims = dims_of(name, y, dim)
-    return from_rows(op(to_rows(y, dims), to_rows(g, dims), dtype), y, dims)
+    return op.on_views(
+        (y, g, dtype), lambda: (to_rows(y, dims), to_rows(g, dims), dtype), lambda dx: from_rows(dx, y, dims), dims
+    )
 
 
-_token_logprobs_backward = row_op(
+_token_logprobs_backward = RowOp(
     "token_logprobs_backward(Tensor x, Tensor id, Tensor g, Tensor max, Tensor log_sum, float? temperature, ScalarType dtype)"
     " -> Tensor dx",
     lambda e: programs.token_logprobs_backward(e.temperature is not None),
 )
-_token_logprobs = row_op(
+_token_logprobs = RowOp(
     "token_logprobs(Tensor x, Tensor id, float? temperature) -> (Tensor y, Tensor max, Tensor log_sum)",
     lambda e: programs.token_logprobs(e.temperature is not None),
     keep=("x", "id", "max", "log_sum"),
@@ -100,12 +106,12 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float | None = None
     return y.reshape(ids.shape)
 
 
-_cross_entropy_backward = row_op(
+_cross_entropy_backward = RowOp(
     "cross_entropy_backward(Tensor x, Tensor id, Tensor g, Tensor max, Tensor log_sum, float smoothing, int ignore_index,"
     " ScalarType dtype) -> Tensor dx",
     lambda e: programs.cross_entropy_backward(e.smoothing > 0),
 )
-_cross_entropy = row_op(
+_cross_entropy = RowOp(
     "cross_entropy(Tensor x, Tensor id, float smoothing, int ignore_index, ScalarType dtype)"
     " -> (Tensor y, Tensor max, Tensor log_sum)",
     lambda e: programs.cross_entropy(e.smoothing > 0),
@@ -115,10 +121,10 @@ _cross_entropy = row_op(
     },
 )
 
-_mean_of_backward = row_op(
+_mean_of_backward = RowOp(
     "mean_of_backward(Tensor like, Tensor g, Tensor divisor, ScalarType dtype) -> Tensor dx", reduce_programs.MEAN_OF_BACKWARD
 )
-_mean_of = row_op(
+_mean_of = RowOp(
     "mean_of(Tensor x, Tensor divisor, ScalarType dtype) -> Tensor y",
     reduce_programs.MEAN_OF,
     keep=("x", "divisor"),
@@ -126,7 +132,7 @@ _mean_of = row_op(
 )
 
 
-_choice_backward = row_op(
+_choice_backward = RowOp(
     "choice_backward(Tensor like, Tensor id, Tensor g, ScalarType dtype) -> Tensor dx", reduce_programs.CHOICE_BACKWARD
 )
 

@@ -1,0 +1,92 @@
+"""Calls that need no dispatcher.
+
+An op of ours is registered with torch's dispatcher, for what the dispatcher does around a kernel: gradients, transforms,
+traces, graphs, tensors that are not what they seem. A trip through it takes the host longer than the launch of a kernel. Where
+the dispatcher would do nothing but run the device's kernel, that kernel is called.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import DispatchKey, Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from bi_torch.stock import THREAD
+
+ALIGNMENT = 16
+"""Bytes: the alignment of data that a kernel may be made for."""
+
+
+def _keys(*keys: DispatchKey) -> int:
+    found = torch._C.DispatchKeySet(keys[0])
+    for key in keys[1:]:
+        found = found | torch._C.DispatchKeySet(key)
+    return found.raw_repr()
+
+
+_ALWAYS = (
+    _keys(DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView),
+    _keys(DispatchKey.BackendSelect),  # inference mode
+)
+"""Dispatch keys that a thread adds to those of tensors, where it adds nothing that matters to our ops."""
+
+_DEVICES = {
+    _keys(DispatchKey.CPU, DispatchKey.AutocastCPU): "cpu",
+    _keys(DispatchKey.CPU, DispatchKey.AutocastCPU, DispatchKey.AutogradCPU, DispatchKey.ADInplaceOrView): "cpu",
+    _keys(DispatchKey.CUDA, DispatchKey.AutocastCUDA): "cuda",
+    _keys(DispatchKey.CUDA, DispatchKey.AutocastCUDA, DispatchKey.AutogradCUDA, DispatchKey.ADInplaceOrView): "cuda",
+}
+"""Devices by the dispatch keys of a dense tensor, of inference mode and not. Our ops have no kernel for autocast."""
+
+
+_CALLS = {
+    _keys(DispatchKey.CPU): "cpu",
+    _keys(DispatchKey.CPU, DispatchKey.AutogradCPU): "cpu",
+    _keys(DispatchKey.CUDA): "cuda",
+    _keys(DispatchKey.CUDA, DispatchKey.AutogradCUDA): "cuda",
+}
+"""Devices by the dispatch keys of a call of an op of ATen: those of the thread and of all tensors, as far as the op has
+kernels for them."""
+
+
+def call_device(keyset: torch.DispatchKeySet) -> str | None:
+    """As `kernel_device`, of the tensors of a call that the dispatcher made with these keys, and of all made of them."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return None
+    return _CALLS.get(keyset.raw_repr())
+
+
+def kernel_device(args: Iterable[Any]) -> str | None:
+    """The device, "cpu" or "cuda", whose kernel is all that the dispatcher would run for an op of ours on these arguments.
+
+    None where it would do more: record a gradient, a trace or a graph, transform or resolve tensors, ask a mode or a subclass.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if THREAD.device is not None:
+        return THREAD.device
+    if (
+        torch._C._dispatch_tls_local_include_set().raw_repr() not in _ALWAYS
+        or torch._C._is_torch_function_mode_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    recording, device = torch.is_grad_enabled(), None
+    for x in args:
+        if isinstance(x, Tensor):
+            if (type(x) is not Tensor and type(x) is not Parameter) or (recording and x.requires_grad):
+                return None
+            found = _DEVICES.get(torch._C._dispatch_keys(x).raw_repr())
+            if found is None or (device is not None and found is not device):
+                return None
+            device = found
+    return device
+
+
+def signature(x: Any) -> Any:
+    """All of an argument that the choice of kernels may depend on: a tensor's layout, and any other value itself."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.get_device(), x.shape, x.stride(), x.data_ptr() % ALIGNMENT
+    return x

@@ -1,0 +1,200 @@
+"""Calls that need no dispatcher: where it has nothing to do it is not asked, and the results are the same."""
+
+from collections import Counter
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.nvidia import driver
+
+import bi_torch
+from bi_torch import direct
+from bi_torch.device import direct_launcher
+from bi_torch.direct import kernel_device
+from bi_torch.gemm import cuda as gemm_cuda
+from bi_torch.gemm import library as gemm_library
+from bi_torch.mode import set_batch_invariant_mode
+from bi_torch.rows import cuda as rows_cuda
+from bi_torch.rows.library import Op, RowOp
+from tests import test_triton_interpreter, test_triton_rows
+from tests.arrays import assert_same, draw
+from tests.interpreters.triton import gpu_arithmetic
+
+X = draw(6, 40)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_plain_tensors_need_no_dispatcher():
+    assert kernel_device((X, None, 1.0, torch.float32)) == "cpu"
+    assert kernel_device((torch.nn.Parameter(X, requires_grad=False), X)) == "cpu"
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert kernel_device((X.clone().requires_grad_(),)) == "cpu"
+    with torch.inference_mode():
+        assert kernel_device((X, X.clone())) == "cpu"
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        X.clone().requires_grad_(),
+        X.to("meta"),
+        X.to_sparse(),
+        torch._neg_view(X),
+        torch._efficientzerotensor(6, 40),
+        X.as_subclass(Subclass),
+        FakeTensorMode().from_tensor(X),
+        torch._to_functional_tensor(X),
+    ],
+    ids=["gradient", "meta", "sparse", "negative", "zero", "subclass", "fake", "functional"],
+)
+def test_other_tensors_need_it(x):
+    assert kernel_device((x,)) is None
+    assert kernel_device((X, x)) is None
+
+
+def test_what_a_thread_is_in_needs_it():
+    found = []
+
+    def f(x):
+        found.append(kernel_device((X,)))
+        found.append(kernel_device((x,)))
+        return x.sum()
+
+    torch.func.grad(f)(X)
+    torch.func.vmap(f)(X)
+    torch.jit.trace(f, (X,), check_trace=False)
+    for mode in (TorchDispatchMode(), TorchFunctionMode(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with mode:
+            found.append(kernel_device((X,)))
+    with torch.autograd.forward_ad.dual_level():
+        found.append(kernel_device((X,)))
+    assert len(found) == 10
+    assert set(found) == {None}
+
+
+CALLS = {
+    "mm": (torch.mm, lambda x, y: (x, y)),
+    "linear": (F.linear, lambda x, y: (x.view(2, 8, 16), y, y[0])),
+    "addmm": (lambda *args: torch.addmm(*args, alpha=2, beta=-0.5), lambda x, y: (y[0], x, y)),
+    "bmm": (torch.bmm, lambda x, y: (x.view(2, 8, 16), y.view(2, 16, 8))),
+    "softmax": (lambda x: x.softmax(-1), lambda x, y: (x.view(2, 8, 16),)),
+    "sum": (lambda x: x.sum(-1, keepdim=True), lambda x, y: (x.view(2, 8, 16),)),
+    "mean": (lambda x: x.mean((0, 1)), lambda x, y: (x,)),
+    "layer_norm": (lambda x, w, b: F.layer_norm(x, (16,), w, b), lambda x, y: (x.view(2, 8, 16), y[0], y[1])),
+    "rms_norm": (lambda x, w: F.rms_norm(x, (16,), w), lambda x, y: (x, y[0])),
+    "silu": (F.silu, lambda x, y: (x.view(2, 8, 16),)),
+}
+"""Functions, and their arguments from two [16, 16]."""
+
+
+@pytest.fixture
+def cpu_as_gpu(monkeypatch):
+    """Tensors of the CPU pass for those of a GPU, whose kernels run in the interpreter. Counts the calls that are prepared."""
+    counts = Counter()
+
+    def launch_rows(launch, device, call):
+        counts["launched"] += 1
+        with gpu_arithmetic():
+            kernel = getattr(test_triton_rows.KERNELS, launch.kernel.__name__)
+            kernel[(launch.grid,)](*launch.arguments(call), **launch.options)
+
+    def launch_product(plan, device, *call):
+        counts["launched"] += 1
+        with gpu_arithmetic():
+            kernel = getattr(test_triton_interpreter.KERNELS, plan.kernel.__name__)
+            kernel[plan.grid](*plan.arguments(gemm_cuda._TensorMap.described, *call), **plan.options)
+
+    def counted(function):
+        def run(*args):
+            counts["prepared"] += 1
+            return function(*args)
+
+        return run
+
+    for name in ("_DEVICES", "_CALLS"):
+        monkeypatch.setattr(direct, name, dict.fromkeys(getattr(direct, name), "cuda"))
+    for module in (gemm_cuda, rows_cuda):
+        monkeypatch.setattr(module, "architecture", lambda device, caller: "sm_90")
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: X.get_device())
+    monkeypatch.setattr(rows_cuda._Launch, "__call__", launch_rows)
+    monkeypatch.setattr(gemm_cuda.Plan, "_launch", launch_product)
+    monkeypatch.setattr(gemm_library, "_first_call", counted(gemm_library._first_call))
+    monkeypatch.setattr(RowOp, "__call__", counted(RowOp.__call__))
+    monkeypatch.setattr(gemm_library, "CALLS", {})
+    monkeypatch.setattr(bi_torch.gemm.api, "CALLS", gemm_library.CALLS)
+    return counts
+
+
+def compare(function, arguments, pairs, request):
+    """How often was launched and prepared, where every result has the CPU's bits."""
+    with set_batch_invariant_mode(), torch.no_grad():
+        expected = [function(*arguments(*pair)) for pair in pairs]
+        counts = request.getfixturevalue("cpu_as_gpu")
+        for pair, result in zip(pairs, expected, strict=True):
+            actual = function(*arguments(*pair))
+            assert_same(actual, result)
+            assert actual.stride() == result.stride()
+    return counts["launched"], counts["prepared"]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_repeated_call_is_a_launch(name, request):
+    """The first arguments are one tensor under two names, which must not be taken for a property of the call."""
+    x, y = draw(16, 16), draw(16, 16, seed=1)
+    assert compare(*CALLS[name], ((x, x), (x, y), (y, x)), request) == (3, 1)
+
+
+def test_what_is_copied_is_prepared_again(request):
+    x, y = draw(16, 16), draw(16, 16, seed=1)
+    pairs = ((x, y), (y, x), (x.t(), y), (x[::2], y), (x[:, :9], y), (x[:, :9], y))
+    assert compare(lambda x, y: x.softmax(0), lambda x, y: (x, y), pairs, request) == (6, 6)
+
+
+def test_another_layout_is_another_call(request):
+    """In all of what the kernels are made for: shapes, strides, alignment, dtypes, options."""
+    x, y = draw(16, 24), draw(24, 16)
+    offset = torch.cat([x.flatten(), x.flatten()])[1 : 1 + x.numel()].view(x.shape)
+    pairs = ((x, y), (x[:8], y), (x, y[:, :8]), (y.t(), x.t()), (offset, y), (x.float(), y.float()))
+    assert compare(torch.mm, lambda x, y: (x, y), (*pairs, *pairs), request) == (12, 6)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_plain_call_goes_through_the_dispatcher_once(name, monkeypatch):
+    """To the mode's kernel; none of our ops is called through it."""
+    monkeypatch.setattr(gemm_library, "_op", mock.Mock(side_effect=AssertionError))
+    monkeypatch.setattr(Op, "_below_autograd", mock.Mock(side_effect=AssertionError))
+    function, arguments = CALLS[name]
+    with set_batch_invariant_mode(), torch.no_grad():
+        function(*arguments(draw(16, 16), draw(16, 16)))
+
+
+@pytest.mark.parametrize("maps", [0, 2])
+def test_a_direct_launch_passes_what_triton_passes(maps):
+    """All but the tensor maps, which are encoded beforehand."""
+    calls = []
+    launcher = object.__new__(driver.CudaLauncher)
+    launcher.global_scratch_size = launcher.profile_scratch_size = 0
+    launcher.global_scratch_align = launcher.profile_scratch_align = 1
+    launcher.launch_cooperative_grid, launcher.launch_pdl = False, True
+    signature = dict.fromkeys(range(maps), "tensordesc<>") | {maps: "i32"}
+    launcher.launch = driver.wrap_handle_tensordesc(
+        mock.Mock(side_effect=lambda *args: calls.append(args)), signature, ["layout"] * maps
+    )
+    metadata = SimpleNamespace(global_scratch_size=0, profile_scratch_size=0)
+    compiled = SimpleNamespace(run=launcher, function="function", packed_metadata="metadata", metadata=metadata)
+    direct_launcher(compiled, (7, 2, 1))("stream", ("encoded",) * maps + (5,))
+    with mock.patch.object(driver, "make_tensordesc_arg", return_value=["encoded"]):
+        launcher(7, 2, 1, "stream", "function", "metadata", None, None, None, *("descriptor",) * maps, 5)
+    assert calls[0] == calls[1]
+    metadata.global_scratch_size = 1
+    with pytest.raises(NotImplementedError, match="scratch"):
+        direct_launcher(compiled, (7, 2, 1))
