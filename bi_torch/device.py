@@ -18,7 +18,7 @@ _THREAD = threading.local()
 
 
 def bind_context() -> None:
-    """Make the current device's context that of this thread; the driver needs one to encode a tensor map.
+    """Make the current device's context that of this thread; the driver needs one to encode a tensor map and to launch.
 
     The runtime binds it with the first call that reaches it. A thread of the autograd engine may not have made one, since
     memory comes from PyTorch's cache.

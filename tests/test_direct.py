@@ -124,6 +124,7 @@ def cpu_as_gpu(monkeypatch):
     for module in (gemm_cuda, rows_cuda):
         monkeypatch.setattr(module, "architecture", lambda device, caller: "sm_90")
         monkeypatch.setattr(module, "multiprocessors", lambda device: 3)
+        monkeypatch.setattr(module, "bind_context", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: X.get_device())
     monkeypatch.setattr(rows_cuda._Launch, "__call__", launch_rows)
     monkeypatch.setattr(gemm_cuda.Plan, "_launch", launch_product)
@@ -151,6 +152,17 @@ def test_a_repeated_call_is_a_launch(name, request):
     """The first arguments are one tensor under two names, which must not be taken for a property of the call."""
     x, y = draw(16, 16), draw(16, 16, seed=1)
     assert compare(*CALLS[name], ((x, x), (x, y), (y, x)), request) == (3, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CALLS)
+def test_repeated_calls_have_the_bits_of_a_cpu(name):
+    function, arguments = CALLS[name]
+    x, y = draw(16, 16), draw(16, 16, seed=1)
+    with set_batch_invariant_mode(), torch.no_grad():
+        for pair in ((x, x), (x, y), (y, x)):
+            there = function(*arguments(*(z.cuda() for z in pair)))
+            assert_same(there.cpu(), function(*arguments(*pair)))
 
 
 def test_what_is_copied_is_prepared_again(request):

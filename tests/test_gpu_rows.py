@@ -4,6 +4,7 @@ Inputs are drawn by PyTorch and shared with JAX; outputs are compared on the dev
 compilers, so cases run on threads.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import jax
@@ -269,3 +270,11 @@ def ulp_error(x, y, exact, name):
     value = torch.where(checked, value, 1.0)
     exponent = torch.frexp(value).exponent.clamp(min=-125)
     return ((torch.where(checked, y, 1.0).double() - value).abs() * torch.exp2((24 - exponent).double())).max()
+
+
+def test_a_thread_whose_first_call_is_a_softmax():
+    """It has no current context yet; neither memory from PyTorch's cache nor a launch that was prepared makes one."""
+    x = torch.randn(64, 4096, device="cuda")
+    expected = [bi_torch.softmax(x, -1) for _ in range(3)]
+    with ThreadPoolExecutor(1) as thread:
+        assert torch.equal(thread.submit(bi_torch.softmax, x, -1).result(), expected[0])

@@ -93,6 +93,7 @@ class Plan:
         self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, alpha: float, beta: float
     ) -> None:
         """Run on the current stream of the device of tensors with the signatures of those that it was prepared for."""
+        bind_context()
         device = out.get_device()
         if device == torch._C._cuda_getDevice():
             self._launch(device, a, b, bias, out, alpha, beta)
@@ -103,7 +104,6 @@ class Plan:
     def _launch(self, device: int, *call: Any) -> None:
         """Run on the current device, which is `device`; a profiler's hooks see a full launch."""
         if self.run is None or triton.knobs.runtime.launch_enter_hook.calls:
-            bind_context()
             arguments = self.arguments(_TensorMap.described, *call)
             self.kernel.warmup(*arguments, grid=self.grid, **self.options)  # compiles, on any number of threads at once
             with FIRST_LAUNCH:
@@ -238,7 +238,6 @@ class _TensorMap:
         if arguments is None:
             if len(self._encoded) >= _MAX_ADDRESSES:
                 self._encoded.clear()
-            bind_context()
             (descriptor,) = self.described(base)
             arguments = self._encoded[address] = tuple(make_tensordesc_arg(descriptor, self.layout))
         return arguments

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from bi_torch.device import FIRST_LAUNCH, architecture, direct_launcher, multiprocessors, new_tensor
+from bi_torch.device import FIRST_LAUNCH, architecture, bind_context, direct_launcher, multiprocessors, new_tensor
 from bi_torch.direct import ALIGNMENT as _ALIGNMENT
 from bi_torch.direct import signature
 from bi_torch.rows import triton_kernels
@@ -187,6 +187,7 @@ class Plan:
         outs: Mapping[str, torch.Tensor] = _NO_OUTS,
     ) -> dict[str, torch.Tensor]:
         """Every output, by name, on the current stream; `given` in the order of elements, columns, rows and ids."""
+        bind_context()
         call = self.call(given, scalars, integers, outs)
         device = given[0].get_device()
         if device == torch._C._cuda_getDevice():
