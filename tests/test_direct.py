@@ -20,6 +20,7 @@ from bi_torch.gemm import cuda as gemm_cuda
 from bi_torch.gemm import library as gemm_library
 from bi_torch.mode import set_batch_invariant_mode
 from bi_torch.rows import cuda as rows_cuda
+from bi_torch.rows import softmax
 from bi_torch.rows.library import Op, RowOp
 from tests import test_triton_interpreter, test_triton_rows
 from tests.arrays import assert_same, draw
@@ -131,7 +132,6 @@ def cpu_as_gpu(monkeypatch):
     monkeypatch.setattr(gemm_library, "_first_call", counted(gemm_library._first_call))
     monkeypatch.setattr(RowOp, "__call__", counted(RowOp.__call__))
     monkeypatch.setattr(gemm_library, "CALLS", {})
-    monkeypatch.setattr(bi_torch.gemm.api, "CALLS", gemm_library.CALLS)
     return counts
 
 
@@ -187,6 +187,22 @@ def test_a_plain_call_goes_through_the_dispatcher_once(name, monkeypatch):
     function, arguments = CALLS[name]
     with set_batch_invariant_mode(), torch.no_grad():
         function(*arguments(draw(16, 16), draw(16, 16)))
+
+
+class Unread(dict):
+    """What must not be looked into."""
+
+    def get(self, key, default=None):
+        raise AssertionError
+
+
+def test_a_compiler_does_not_look_at_what_is_kept(monkeypatch):
+    """It would compile anew whenever something is."""
+    monkeypatch.setattr(gemm_library, "CALLS", Unread())
+    monkeypatch.setattr(softmax._softmax, "_calls", Unread())
+    function = torch.compile(lambda x: bi_torch.softmax(bi_torch.mm(x, x), -1), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert_same(function(X[:, :6]), bi_torch.softmax(bi_torch.mm(X[:, :6], X[:, :6]), -1))
 
 
 @pytest.mark.parametrize("maps", [0, 2])

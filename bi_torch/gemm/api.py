@@ -15,7 +15,7 @@ that cannot be written, and for a gradient through `out`.
 
 import torch
 
-from bi_torch.gemm.library import CALLS, DTYPE_NAMES, Key, call_key, gemm, gemm_out, output_shape
+from bi_torch.gemm.library import DTYPE_NAMES, Key, call_key, gemm, gemm_out, kept_call, output_shape
 
 _DEVICES = ("cuda", "cpu", "meta")
 
@@ -25,8 +25,8 @@ def mm(
 ) -> torch.Tensor:
     """a [M, K] @ b [K, N] -> [M, N]."""
     key = call_key("mm", a, b, None, 1.0, 1.0, out_dtype) if out is None else None
-    if key in CALLS:
-        return CALLS[key](a, b, None, 1.0, 1.0)
+    if (call := kept_call(key)) is not None:
+        return call(a, b, None, 1.0, 1.0)
     _check_dims("mm", a, b, 2)
     return _run("mm", a, b, None, 1.0, 1.0, out, out_dtype, key)
 
@@ -47,8 +47,8 @@ def addmm(
     broadcastable to [M, N]; with beta = 0 it is not read.
     """
     key = call_key("addmm", a, b, bias, alpha, beta, out_dtype) if out is None else None
-    if key in CALLS:
-        return CALLS[key](a, b, bias, alpha, beta)
+    if (call := kept_call(key)) is not None:
+        return call(a, b, bias, alpha, beta)
     _check_dims("addmm", a, b, 2)
     return _run("addmm", a, b, bias, alpha, beta, out, out_dtype, key)
 
@@ -58,8 +58,8 @@ def bmm(
 ) -> torch.Tensor:
     """a [B, M, K] @ b [B, K, N] -> [B, M, N]; the batch sizes are equal."""
     key = call_key("bmm", a, b, None, 1.0, 1.0, out_dtype) if out is None else None
-    if key in CALLS:
-        return CALLS[key](a, b, None, 1.0, 1.0)
+    if (call := kept_call(key)) is not None:
+        return call(a, b, None, 1.0, 1.0)
     _check_batches("bmm", a, b)
     return _run("bmm", a, b, None, 1.0, 1.0, out, out_dtype, key)
 
@@ -76,8 +76,8 @@ def baddbmm(
 ) -> torch.Tensor:
     """beta * bias + alpha * (a [B, M, K] @ b [B, K, N]) -> [B, M, N]; roundings as in `addmm`."""
     key = call_key("baddbmm", a, b, bias, alpha, beta, out_dtype) if out is None else None
-    if key in CALLS:
-        return CALLS[key](a, b, bias, alpha, beta)
+    if (call := kept_call(key)) is not None:
+        return call(a, b, bias, alpha, beta)
     _check_batches("baddbmm", a, b)
     return _run("baddbmm", a, b, bias, alpha, beta, out, out_dtype, key)
 
@@ -87,8 +87,8 @@ def matmul(
 ) -> torch.Tensor:
     """torch.matmul: 1-D operands are a row or a column that the result drops, batch dimensions broadcast."""
     key = call_key("matmul", a, b, None, 1.0, 1.0, out_dtype) if out is None else None
-    if key in CALLS:
-        return CALLS[key](a, b, None, 1.0, 1.0)
+    if (call := kept_call(key)) is not None:
+        return call(a, b, None, 1.0, 1.0)
     _check_tensor("matmul", a, "a")
     _check_tensor("matmul", b, "b")
     if a.dim() == 0 or b.dim() == 0:
@@ -119,8 +119,8 @@ def linear(
 ) -> torch.Tensor:
     """input [*, K] @ weight [N, K]^T + bias [N] -> [*, N], rounded once to the output dtype."""
     key = call_key("linear", input, weight, bias, 1.0, 1.0, out_dtype)
-    if key in CALLS:
-        return CALLS[key](input, weight, bias, 1.0, 1.0)
+    if (call := kept_call(key)) is not None:
+        return call(input, weight, bias, 1.0, 1.0)
     _check_tensor("linear", input, "input")
     _check_tensor("linear", weight, "weight")
     if input.dim() == 0 or weight.dim() != 2:

@@ -154,9 +154,13 @@ class Call:
         return out
 
 
-CALLS: dict[Key | None, Call] = {}
-"""Never one for the key None."""
+CALLS: dict[Key, Call] = {}
 _MOST_CALLS = 1 << 14
+
+
+def kept_call(key: Key | None) -> Call | None:
+    """The call of a key, if it was made before; its arguments were checked then."""
+    return None if key is None else CALLS.get(key)
 
 
 def _device(tensors: tuple[torch.Tensor | None, ...], alpha: float, beta: float) -> str | None:

@@ -170,7 +170,7 @@ class RowOp(Op):
         self, schema: str, program: Program | Choose, *, keep: tuple[str, ...] = (), gradient: Gradient | None = None
     ) -> None:
         self._program = program
-        self._calls: dict[Key | None, _Call] = {}  # on a GPU; never one for the key None
+        self._calls: dict[Key, _Call] = {}  # on a GPU
         kernels = {"cpu": self._cpu, "cuda": self._cuda, "fake": self._fake}
         super().__init__(schema, **kernels, keep=keep, gradient=gradient, by_row=self._of_a_row)
 
@@ -190,7 +190,7 @@ class RowOp(Op):
             options: all else that `views` and `restore` depend on.
         """
         key = (options, *map(signature, given)) if kernel_device(given) == "cuda" else None
-        call = self._calls.get(key)
+        call = None if key is None else self._calls.get(key)
         if call is not None:
             return call(given)
         args = views()
