@@ -6,19 +6,24 @@ engines. So every kernel of ours runs marked, on its own thread, and a replaced 
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any
+
+Launch = tuple[Callable[[Sequence[Any]], Any], Sequence[Any], Any]
+"""A prepared call, what it was given, and what it returned."""
 
 
 class _Thread(threading.local):
     inside = False
     device: str | None = None
+    launches: list[Launch] | None = None
 
 
 THREAD = _Thread()
 """`THREAD.inside` is True where torch's own kernels run, on this thread. `THREAD.device` is what `bi_torch.direct` found of the
-arguments of the op that this thread is in, under the mode."""
+arguments of the op that this thread is in, under the mode, and `THREAD.launches` is where it notes what is launched there."""
 
 
 def runs_stock[**P, R](kernel: Callable[P, R]) -> Callable[P, R]:

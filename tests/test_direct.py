@@ -20,6 +20,7 @@ from bi_torch.gemm import cuda as gemm_cuda
 from bi_torch.gemm import library as gemm_library
 from bi_torch.mode import set_batch_invariant_mode
 from bi_torch.rows import cuda as rows_cuda
+from bi_torch.rows import library as rows_library
 from bi_torch.rows import softmax
 from bi_torch.rows.library import Op, RowOp
 from tests import test_triton_interpreter, test_triton_rows
@@ -113,9 +114,9 @@ def cpu_as_gpu(monkeypatch):
             kernel = getattr(test_triton_interpreter.KERNELS, plan.kernel.__name__)
             kernel[plan.grid](*plan.arguments(gemm_cuda._TensorMap.described, *call), **plan.options)
 
-    def counted(function):
+    def counted(function, what="prepared"):
         def run(*args):
-            counts["prepared"] += 1
+            counts[what] += 1
             return function(*args)
 
         return run
@@ -129,6 +130,8 @@ def cpu_as_gpu(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: X.get_device())
     monkeypatch.setattr(rows_cuda._Launch, "__call__", launch_rows)
     monkeypatch.setattr(gemm_cuda.Plan, "_launch", launch_product)
+    for library in (gemm_library, rows_library):
+        monkeypatch.setattr(library, "kernel_device", counted(kernel_device, "looked at"))
     monkeypatch.setattr(gemm_library, "_first_call", counted(gemm_library._first_call))
     monkeypatch.setattr(RowOp, "__call__", counted(RowOp.__call__))
     monkeypatch.setattr(gemm_library, "CALLS", {})
@@ -136,7 +139,7 @@ def cpu_as_gpu(monkeypatch):
 
 
 def compare(function, arguments, pairs, request):
-    """How often was launched and prepared, where every result has the CPU's bits."""
+    """The results have the CPU's bits, and what was counted meanwhile."""
     with set_batch_invariant_mode(), torch.no_grad():
         expected = [function(*arguments(*pair)) for pair in pairs]
         counts = request.getfixturevalue("cpu_as_gpu")
@@ -144,14 +147,17 @@ def compare(function, arguments, pairs, request):
             actual = function(*arguments(*pair))
             assert_same(actual, result)
             assert actual.stride() == result.stride()
-    return counts["launched"], counts["prepared"]
+    return counts
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_repeated_call_is_a_launch(name, request):
     """The first arguments are one tensor under two names, which must not be taken for a property of the call."""
     x, y = draw(16, 16), draw(16, 16, seed=1)
-    assert compare(*CALLS[name], ((x, x), (x, y), (y, x)), request) == (3, 1)
+    counts = compare(*CALLS[name], ((x, x), (x, x), (x, y), (y, x)), request)
+    assert (counts["launched"], counts["prepared"]) == (4, 1)
+    # Arguments by keyword are looked at in every call. The first call looks at the op's arguments, too.
+    assert counts["looked at"] >= 4 if name == "addmm" else counts["looked at"] <= 3
 
 
 @pytest.mark.gpu
@@ -160,7 +166,7 @@ def test_repeated_calls_have_the_bits_of_a_cpu(name):
     function, arguments = CALLS[name]
     x, y = draw(16, 16), draw(16, 16, seed=1)
     with set_batch_invariant_mode(), torch.no_grad():
-        for pair in ((x, x), (x, y), (y, x)):
+        for pair in ((x, x), (x, x), (x, y), (y, x)):
             there = function(*arguments(*(z.cuda() for z in pair)))
             assert_same(there.cpu(), function(*arguments(*pair)))
 
@@ -168,7 +174,8 @@ def test_repeated_calls_have_the_bits_of_a_cpu(name):
 def test_what_is_copied_is_prepared_again(request):
     x, y = draw(16, 16), draw(16, 16, seed=1)
     pairs = ((x, y), (y, x), (x.t(), y), (x[::2], y), (x[:, :9], y), (x[:, :9], y))
-    assert compare(lambda x, y: x.softmax(0), lambda x, y: (x, y), pairs, request) == (6, 6)
+    counts = compare(lambda x, y: x.softmax(0), lambda x, y: (x, y), pairs, request)
+    assert (counts["launched"], counts["prepared"]) == (6, 6)
 
 
 def test_another_layout_is_another_call(request):
@@ -176,7 +183,8 @@ def test_another_layout_is_another_call(request):
     x, y = draw(16, 24), draw(24, 16)
     offset = torch.cat([x.flatten(), x.flatten()])[1 : 1 + x.numel()].view(x.shape)
     pairs = ((x, y), (x[:8], y), (x, y[:, :8]), (y.t(), x.t()), (offset, y), (x.float(), y.float()))
-    assert compare(torch.mm, lambda x, y: (x, y), (*pairs, *pairs), request) == (12, 6)
+    counts = compare(torch.mm, lambda x, y: (x, y), pairs * 3, request)
+    assert (counts["launched"], counts["prepared"]) == (18, 6)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -15,6 +15,7 @@ that cannot be written, and for a gradient through `out`.
 
 import torch
 
+from bi_torch.direct import repeat
 from bi_torch.gemm.library import DTYPE_NAMES, Key, call_key, gemm, gemm_out, kept_call, output_shape
 
 _DEVICES = ("cuda", "cpu", "meta")
@@ -26,7 +27,7 @@ def mm(
     """a [M, K] @ b [K, N] -> [M, N]."""
     key = call_key("mm", a, b, None, 1.0, 1.0, out_dtype) if out is None else None
     if (call := kept_call(key)) is not None:
-        return call(a, b, None, 1.0, 1.0)
+        return repeat(call, (a, b, None, 1.0, 1.0))
     _check_dims("mm", a, b, 2)
     return _run("mm", a, b, None, 1.0, 1.0, out, out_dtype, key)
 
@@ -48,7 +49,7 @@ def addmm(
     """
     key = call_key("addmm", a, b, bias, alpha, beta, out_dtype) if out is None else None
     if (call := kept_call(key)) is not None:
-        return call(a, b, bias, alpha, beta)
+        return repeat(call, (a, b, bias, alpha, beta))
     _check_dims("addmm", a, b, 2)
     return _run("addmm", a, b, bias, alpha, beta, out, out_dtype, key)
 
@@ -59,7 +60,7 @@ def bmm(
     """a [B, M, K] @ b [B, K, N] -> [B, M, N]; the batch sizes are equal."""
     key = call_key("bmm", a, b, None, 1.0, 1.0, out_dtype) if out is None else None
     if (call := kept_call(key)) is not None:
-        return call(a, b, None, 1.0, 1.0)
+        return repeat(call, (a, b, None, 1.0, 1.0))
     _check_batches("bmm", a, b)
     return _run("bmm", a, b, None, 1.0, 1.0, out, out_dtype, key)
 
@@ -77,7 +78,7 @@ def baddbmm(
     """beta * bias + alpha * (a [B, M, K] @ b [B, K, N]) -> [B, M, N]; roundings as in `addmm`."""
     key = call_key("baddbmm", a, b, bias, alpha, beta, out_dtype) if out is None else None
     if (call := kept_call(key)) is not None:
-        return call(a, b, bias, alpha, beta)
+        return repeat(call, (a, b, bias, alpha, beta))
     _check_batches("baddbmm", a, b)
     return _run("baddbmm", a, b, bias, alpha, beta, out, out_dtype, key)
 
@@ -88,7 +89,7 @@ def matmul(
     """torch.matmul: 1-D operands are a row or a column that the result drops, batch dimensions broadcast."""
     key = call_key("matmul", a, b, None, 1.0, 1.0, out_dtype) if out is None else None
     if (call := kept_call(key)) is not None:
-        return call(a, b, None, 1.0, 1.0)
+        return repeat(call, (a, b, None, 1.0, 1.0))
     _check_tensor("matmul", a, "a")
     _check_tensor("matmul", b, "b")
     if a.dim() == 0 or b.dim() == 0:
@@ -120,7 +121,7 @@ def linear(
     """input [*, K] @ weight [N, K]^T + bias [N] -> [*, N], rounded once to the output dtype."""
     key = call_key("linear", input, weight, bias, 1.0, 1.0, out_dtype)
     if (call := kept_call(key)) is not None:
-        return call(input, weight, bias, 1.0, 1.0)
+        return repeat(call, (input, weight, bias, 1.0, 1.0))
     _check_tensor("linear", input, "input")
     _check_tensor("linear", weight, "weight")
     if input.dim() == 0 or weight.dim() != 2:

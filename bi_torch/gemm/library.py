@@ -4,7 +4,7 @@ Every public function of `bi_torch.gemm.api` is this one op on views of its argu
 Inductor calls it and cannot replace it by a matmul of its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -64,7 +64,9 @@ def gemm(
     key = key or call_key("gemm", a, b, bias, alpha, beta, out_dtype)
     if key is not None:
         call = CALLS.get(key)
-        return _first_call(key, a, b, bias, alpha, beta, out_dtype) if call is None else call(a, b, bias, alpha, beta)
+        if call is None:
+            return _first_call(key, a, b, bias, alpha, beta, out_dtype)
+        return call((a, b, bias, alpha, beta))
     if _device((a, b, bias), alpha, beta) == "cpu":
         return _cpu(a, b, bias, float(alpha), float(beta), out_dtype)
     return _op(a, b, bias, alpha, beta, out_dtype)
@@ -148,7 +150,8 @@ class Call:
     dtype: torch.dtype
     reads_bias: bool
 
-    def __call__(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float) -> torch.Tensor:
+    def __call__(self, given: Sequence[Any]) -> torch.Tensor:
+        a, b, bias, alpha, beta = given
         out = new_tensor(self.shape, self.dtype, a.device)
         self.plan.launch(a, b, bias if self.reads_bias else None, out, float(alpha), float(beta))
         return out
@@ -186,14 +189,16 @@ def call_key(
 def _first_call(
     key: Key, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    out = _cuda(a, b, bias, float(alpha), float(beta), out_dtype)
-    reads_bias = bias is not None and _reads_bias(beta)
+    out, reads_bias = _new_output(a, b, out_dtype), bias is not None and _reads_bias(beta)
+    contract = gemm_contract(DTYPE_NAMES[a.dtype])
     products = list(_matrices(a, b, bias if reads_bias else None, out))
-    if len(products) == 1:
+    plans = [cuda.plan_of(*product, alpha, contract) for product in products]
+    for plan, product in zip(plans, products, strict=True):
+        plan.launch(*product, float(alpha), float(beta))
+    if len(plans) == 1:
         if len(CALLS) >= _MOST_CALLS:
             CALLS.clear()
-        plan = cuda.plan_of(*products[0], alpha, gemm_contract(DTYPE_NAMES[a.dtype]))
-        CALLS[key] = Call(plan, tuple(out.shape), out.dtype, reads_bias)
+        CALLS[key] = Call(plans[0], tuple(out.shape), out.dtype, reads_bias)
     return out
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._functorch.vmap import lazy_load_decompositions
 from torch.library import Library, get_kernel
 
-from bi_torch.direct import call_device
+from bi_torch.direct import Repeated, call_device
 from bi_torch.mode import activations, losses, normalization, policy, products, reductions, uncovered
 from bi_torch.mode.numbers import with_tensors
 from bi_torch.mode.override import Function, Override, overload
@@ -112,14 +112,15 @@ def _has_kernel(name: str, key: str) -> bool:
 def _kernel(name: str, key: str, function: Function, refuse: Callable[..., None] | None = None) -> Kernel:
     """`function`, or torch's own kernel if that returns NotImplemented and `refuse` does not raise."""
     stock = _stock(name, key)
-    tensors = with_tensors(name)
+    tensors, repeated = with_tensors(name), Repeated(function)
 
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         args = tensors(args)
         if not THREAD.inside:
-            outside, THREAD.device = THREAD.device, call_device(keyset)
+            outside, device = THREAD.device, call_device(keyset)
+            THREAD.device = device
             try:
-                result = function(*args, **kwargs)
+                result = repeated(args) if device == "cuda" and not kwargs else function(*args, **kwargs)
             finally:
                 THREAD.device = outside
             if result is not NotImplemented:

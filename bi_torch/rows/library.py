@@ -4,7 +4,7 @@ An op is a thin shell over a program of `shared_specs.programs`, on [R, N] tenso
 it and cannot rewrite it. The families (`softmax`, `norm` and so on) register their ops here, next to their public functions.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType, SimpleNamespace
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bi_torch.direct import kernel_device, signature
+from bi_torch.direct import kernel_device, repeat, signature
 from bi_torch.stock import runs_stock
 from bi_torch.transforms import Function, record, to_front
 from shared_specs.rows import ColumnProgram, RowProgram
@@ -192,7 +192,7 @@ class RowOp(Op):
         key = (options, *map(signature, given)) if kernel_device(given) == "cuda" else None
         call = None if key is None else self._calls.get(key)
         if call is not None:
-            return call(given)
+            return repeat(call, given)
         args = views()
         outputs = _several(self(*args))
         results = restore(*outputs)
@@ -208,7 +208,9 @@ class RowOp(Op):
         viewed = map(_same_memory, (*args, *outputs), (*given, *results))
         if call is not None and call.as_they_are and all(viewed) and all(y.is_contiguous() for y in results):
             shapes = {name: tuple(y.shape) for name, y in zip(self.results, results, strict=True)}
-            self._keep_call(key, replace(call, plan=call.plan.with_shapes(shapes)))
+            alone = _without_statistics(call.program)
+            first = None if alone is None else _Call.of(self, alone, args, self.results[:1]).shaped(shapes)
+            self._keep_call(key, replace(call.shaped(shapes), first=first))
 
     def _key_of(self, args: tuple[Any, ...]) -> Key:
         return (None, *map(signature, args))
@@ -229,7 +231,7 @@ class RowOp(Op):
         key = self._key_of(args)
         call = self._calls.get(key)
         if call is None:
-            call = _Call.of(self, self._chosen(self.arguments(args)), args)
+            call = _Call.of(self, self._chosen(self.arguments(args)), args, self.results)
             self._keep_call(key, call)
         return call(args)
 
@@ -250,33 +252,40 @@ class _Call:
         plan: the launches.
         tensors, scalars, integers: the program's arguments by their positions among the op's.
         as_they_are: no tensor has to be copied before the launch.
+        first: the same, of the first result alone, where the others are statistics of the rows.
     """
 
     op: RowOp
     program: Program
+    results: list[str]
     plan: Any
     tensors: tuple[int, ...]
     scalars: tuple[int, ...]
     integers: tuple[int, ...]
     as_they_are: bool
+    first: "_Call | None" = None
 
     @staticmethod
-    def of(op: RowOp, program: Program, args: tuple[Any, ...]) -> "_Call":
+    def of(op: RowOp, program: Program, args: tuple[Any, ...], results: list[str]) -> "_Call":
         e = op.arguments(args)
         given = _operands(program, e)
-        plan = _cuda().prepare(program, list(given.values()), {name: _out_dtype(name, e) for name in op.results})
+        plan = _cuda().prepare(program, list(given.values()), {name: _out_dtype(name, e) for name in results})
         tensors, scalars = op.positions(given), op.positions(program.scalars)
         integers = op.positions(program.integers) if isinstance(program, RowProgram) else ()
         as_they_are = all(x is getattr(e, name) for name, x in given.items())
-        return _Call(op, program, plan, tensors, scalars, integers, as_they_are)
+        return _Call(op, program, results, plan, tensors, scalars, integers, as_they_are)
 
-    def __call__(self, args: tuple[Any, ...]) -> Any:
+    def shaped(self, shapes: Mapping[str, tuple[int, ...]]) -> "_Call":
+        """With results of these shapes."""
+        return replace(self, plan=self.plan.with_shapes(shapes))
+
+    def __call__(self, args: Sequence[Any]) -> Any:
         if self.as_they_are:
             given = [args[i] for i in self.tensors]
         else:
-            given = list(_operands(self.program, self.op.arguments(args)).values())
+            given = list(_operands(self.program, self.op.arguments(tuple(args))).values())
         scalars, integers = tuple([float(args[i]) for i in self.scalars]), tuple([int(args[i]) for i in self.integers])
-        return _pack(self.plan.run(given, scalars, integers), self.op.results)
+        return _pack(self.plan.run(given, scalars, integers), self.results)
 
 
 def in_place_op(schema: str, program: Callable[[SimpleNamespace], RowProgram]) -> Callable[..., None]:
@@ -312,6 +321,14 @@ def _cuda() -> ModuleType:
     from bi_torch.rows import cuda  # imports Triton
 
     return cuda
+
+
+@cache
+def _without_statistics(program: Program) -> RowProgram | None:
+    """A program of one output and statistics of the rows, without the statistics."""
+    if isinstance(program, RowProgram) and len(program.outputs) == 1 and program.row_outputs:
+        return replace(program, name=f"{program.name} alone", row_outputs={})
+    return None
 
 
 def _run(
