@@ -87,6 +87,7 @@ CALLS = {
     "linear": (F.linear, lambda x, y: (x.view(2, 8, 16), y, y[0])),
     "addmm": (lambda *args: torch.addmm(*args, alpha=2, beta=-0.5), lambda x, y: (y[0], x, y)),
     "bmm": (torch.bmm, lambda x, y: (x.view(2, 8, 16), y.view(2, 16, 8))),
+    "matmul": (torch.matmul, lambda x, y: (x.view(2, 2, 8, 8), y.view(2, 2, 8, 8).mT)),
     "softmax": (lambda x: x.softmax(-1), lambda x, y: (x.view(2, 8, 16),)),
     "sum": (lambda x: x.sum(-1, keepdim=True), lambda x, y: (x.view(2, 8, 16),)),
     "mean": (lambda x: x.mean((0, 1)), lambda x, y: (x,)),

@@ -206,7 +206,7 @@ _Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
 def _matrices(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> Iterator[_Product]:
-    """The product as products of at most three dimensions, on views: the batch folded into M, kept, or walked over."""
+    """The product as products of at most three dimensions, on views: the batch is folded into M or into one, or walked over."""
     if out.numel() == 0:
         return
     if out.dim() == 2:
@@ -224,6 +224,10 @@ def _matrices(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: 
         return
     a = a.expand(*out.shape[:-2], *a.shape[-2:])
     b = b.expand(*out.shape[:-2], *b.shape[-2:])
+    if out.dim() > 3 and all(_foldable(x, 2) for x in (a, b, bias, out) if x is not None):
+        batch = out.shape[:-2].numel()
+        a, b, out = (x.view(batch, *x.shape[-2:]) for x in (a, b, out))
+        bias = None if bias is None else bias.view(batch, *bias.shape[-2:])
     if out.dim() == 3:
         yield a, b, bias, out
         return
@@ -231,9 +235,9 @@ def _matrices(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: 
         yield from _matrices(a[i], b[i], None if bias is None else bias[i], out[i])
 
 
-def _foldable(x: torch.Tensor) -> bool:
-    """True if all dimensions but the last are one dimension with one stride."""
-    rows = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+def _foldable(x: torch.Tensor, last: int = 1) -> bool:
+    """True if all dimensions but the `last` ones are one dimension with one stride."""
+    rows = [(n, s) for n, s in zip(x.shape[:-last], x.stride()[:-last], strict=True) if n != 1]
     return all(outer == inner * n for (_, outer), (n, inner) in pairwise(rows))
 
 
