@@ -184,7 +184,7 @@ def test_sums_over_devices(check_vma, by_the_model):
     assert_same(invariant(jax.value_and_grad(loss, 1))(x, W), want)
     assert_same(jax.value_and_grad(invariant(loss), 1)(x, W), want)
     total = [row for row in bi_jax.explain(loss, x, W).rows if row.primitive.startswith("psum")]
-    assert [row.contract.startswith("devices in order, sum-v1-") for row in total] == [True]
+    assert [row.contract.startswith("devices in order, sum-v2-") for row in total] == [True]
 
 
 def test_sums_over_an_axis_of_vmap(by_the_model):
