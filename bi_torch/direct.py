@@ -103,8 +103,9 @@ def repeat(call: Callable[[Sequence[Any]], Any], given: Sequence[Any]) -> Any:
 class Repeated:
     """A function that often comes down to one prepared call on its own arguments; then it is that call.
 
-    It must be determined by its arguments, of which it changes none but by returning it. Where what it returns, or the first
-    of what the call returns, was seen to be what the call returned, it is that call for all arguments of these signatures.
+    It must be determined by its arguments, of which it changes none, and by whether autocast is on for a GPU. Where what it
+    returns, or the first of what the call returns, was seen to be what the call returned, it is that call for all arguments of
+    these signatures.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -112,7 +113,7 @@ class Repeated:
         self._kept: dict[tuple[Any, ...], tuple[Any, list[Any], list[tuple[int, int]], bool]] = {}
 
     def __call__(self, args: tuple[Any, ...]) -> Any:
-        key = tuple([_exactly(x) for x in args])
+        key = (torch.is_autocast_enabled("cuda"), *[_exactly(x) for x in args])
         kept = self._kept.get(key)
         if kept is not None:
             call, template, places, first = kept

@@ -214,6 +214,19 @@ def test_a_compiler_does_not_look_at_what_is_kept(monkeypatch):
         assert_same(function(X[:, :6]), bi_torch.softmax(bi_torch.mm(X[:, :6], X[:, :6]), -1))
 
 
+def test_autocast_is_another_call():
+    def function(x):
+        return NotImplemented if torch.is_autocast_enabled("cuda") else direct.repeat(lambda given: given[0] + 1, (x,))
+
+    repeated = direct.Repeated(function)
+    for enabled in (False, True, False):
+        torch.set_autocast_enabled("cuda", enabled)
+        try:
+            assert (repeated((X,)) is NotImplemented) == enabled
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+
 @pytest.mark.parametrize("maps", [0, 2])
 def test_a_direct_launch_passes_what_triton_passes(maps):
     """All but the tensor maps, which are encoded beforehand."""
