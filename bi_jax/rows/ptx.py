@@ -86,8 +86,8 @@ _TEMPLATES: dict[str, tuple[Kind, str]] = {
 }
 """Kind of the result and instruction of each operation; `select` and `narrow` depend on their operands."""
 
-_NARROW = {
-    "bfloat16": "{{ .reg .b16 h; cvt.rn.bf16.f32 h, {1}; cvt.f32.bf16 {0}, h; }}",
+_NARROW = {  # to the upper half of a float32, beside a zero
+    "bfloat16": "{{ .reg .b32 r; cvt.rn.bf16x2.f32 r, {1}, 0f00000000; mov.b32 {0}, r; }}",
     "float16": "{{ .reg .b16 h; cvt.rn.f16.f32 h, {1}; cvt.f32.f16 {0}, h; }}",
 }
 _INTEGER_OPERANDS = {"from_bits", "to_float", "int_less", "int_equal"}
