@@ -242,6 +242,19 @@ def lowered(program, rows, n, dtype):
     return run.trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_later_segments_are_fetched_ahead():
+    """Into the L2 cache, where there are later ones, they are read once, and a copy of 16 bytes at a time can reach them."""
+
+    def ahead(program, rows, n):
+        return "cp.async.bulk.prefetch.L2.global" in lowered(program, rows, n, "bfloat16")
+
+    assert ahead(norm.layer_norm(True, True), 2048, 151_936)
+    assert ahead(norm.fused_add_rms_norm(True, "bfloat16"), 4096, 16_384)
+    assert not ahead(softmax.SOFTMAX, 4096, 16_384 - 4)
+    assert not ahead(softmax.SOFTMAX, 16, 151_936)
+    assert not ahead(softmax.SOFTMAX, 16_384, 4096)
+
+
 @pytest.mark.parametrize("program", [*ROW_PROGRAMS, *COLUMN_PROGRAMS], **by_name)
 def test_every_operation_is_rounded_once(program):
     text = lowered(program, 64, 128, "bfloat16")

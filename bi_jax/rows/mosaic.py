@@ -148,10 +148,11 @@ def row_plan(
             raise ValueError(f"a row of {n} elements needs blocks_per_row > 1")
     together = schedule.cooperative and segments > 1
     static = program, rows, n, count, tail, *named, lanes, groups, warpgroups, row_warpgroups, blocks, together
-    plan = Plan(*static, held=False, keeps=False, grid=1)
-    most = SMS * max(1, (4 if together else 16) // warpgroups)
+    plan = Plan(*static, held=False, keeps=False, grid=1, ahead=0)
+    resident = SMS * max(1, 4 // warpgroups)
+    most = resident if together else SMS * max(1, 16 // warpgroups)
     grid = max(1, min(plan.block_groups, most) if schedule.persistent or together else plan.block_groups)
-    return dataclasses.replace(plan, grid=grid, **_what_stays_in_registers(plan))
+    return dataclasses.replace(plan, grid=grid, ahead=resident * warpgroups, **_what_stays_in_registers(plan))
 
 
 def _what_stays_in_registers(plan: Plan) -> dict[str, bool]:

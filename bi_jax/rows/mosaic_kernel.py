@@ -45,6 +45,7 @@ from bi_jax.rows.warpgroup import (
     Load,
     LoadValue,
     Place,
+    Prefetch,
     Ref,
     Store,
     StoreValue,
@@ -80,6 +81,8 @@ class Plan:
         held: a warpgroup keeps its elements in registers from the first reduction to the outputs.
         keeps: it keeps what is computed from them, too, where that is worth it.
         grid: blocks, each of which walks over row groups.
+        ahead: warpgroups that are at work at a time, about. One that starts on a held segment of several has the L2 cache
+            fetch the segment that comes so many later, so that memory is not idle while it computes and waits.
     """
 
     program: RowProgram
@@ -98,6 +101,7 @@ class Plan:
     held: bool
     keeps: bool
     grid: int
+    ahead: int
 
     @property
     def segments(self) -> int:
@@ -244,6 +248,15 @@ class Worker:
             self.store_row(scope, start)
 
     # What is done with rows of several segments
+
+    def prefetch(self, row: Any, index: Any) -> None:
+        """Have the L2 cache fetch a segment, if there is one."""
+        plan = self.plan
+        if not plan.held or plan.ahead >= plan.rows * plan.segments:
+            return
+        for name in plan.program.elements:
+            if plan.n * jnp.dtype(self.dtypes[name]).itemsize % ACCESS == 0:
+                Prefetch(Place(plan.n, rows=plan.rows, end=plan.n), SEGMENT)(self.refs[name], row, index * SEGMENT)
 
     def long_row(self, call: Scope, row: Any, at: Any, worker: Any, phases: range, meet: Callable[[int], None]) -> None:
         """The phases of a row: its reductions, then the outputs. Warpgroups `meet` between them.
@@ -473,6 +486,7 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
             return Ticket()(refs[COUNTERS], own[0], plan.rows)
 
         def segment(index: Any) -> Any:
+            worker.prefetch(*_divmod(index + plan.ahead, plan.segments))
             row, part = _divmod(index, plan.segments)
 
             def meet(phase: int) -> None:
@@ -494,6 +508,8 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
             slot, member = _divmod(warpgroup, plan.row_warpgroups)
             index, part = _divmod(index, plan.blocks)
             row = index * plan.block_rows + slot
+            if plan.blocks == 1:
+                worker.prefetch(row + plan.ahead // plan.row_warpgroups, member)
 
             def meet(_: int) -> None:
                 plgpu.barrier_arrive(scratch["meeting"].at[slot])

@@ -215,6 +215,31 @@ class StoreValue(Instruction):
 
 
 @dataclass(frozen=True)
+class Prefetch(Instruction):
+    """(ref, row, column): the next `count` elements of a row will be wanted in the L2 cache. A hint: none need be there.
+
+    Rows begin, and are cut, at multiples of 16 bytes.
+    """
+
+    place: Place
+    count: int
+
+    references = 1
+
+    def result(self, ref, row, column):
+        return ()
+
+    def emit(self, context, ref, row, column):
+        row, column = _scalar(row), _scalar(column)
+        left = arith.minui(arith.subi(_i32(self.place.stride), column), _i32(self.count))
+        size = arith.muli(left, _i32(utils.bytewidth(ir.MemRefType(ref.type).element_type)))
+        inside = _all(_compare("eq", _thread(), _i32(0)), self.place.inside(row, column))
+        text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$0], $1; }"
+        _assembly(text, "l,r,r", [], [_address(ref, self.place.offset(row, column)), size, arith.extui(_i32_type(), inside)])
+        return ()
+
+
+@dataclass(frozen=True)
 class Columns(Instruction):
     """(column): the columns of a chunk, int32, where the first lane's is `column`."""
 

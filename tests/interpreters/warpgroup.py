@@ -103,6 +103,16 @@ def _(
 
 
 @run.register
+def _(instruction: warpgroup.Prefetch, memory: Memory, row: np.ndarray, column: np.ndarray) -> list[np.ndarray]:
+    content, place = memory.read(), instruction.place
+    if _inside(place, row, column).all():
+        first, count = int(row) * place.stride + int(column), min(instruction.count, place.stride - int(column))
+        assert first + count <= content.size
+        assert first * content.itemsize % warpgroup.ACCESS == count * content.itemsize % warpgroup.ACCESS == 0
+    return []
+
+
+@run.register
 def _(instruction: warpgroup.Columns, column: np.ndarray) -> list[np.ndarray]:
     place = Place(0, instruction.lanes, run=instruction.run)
     _, first = _places(place, np.int32(0), column)
