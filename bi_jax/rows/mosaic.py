@@ -200,8 +200,8 @@ def row_workspace_bytes(plan: Plan) -> int:
     """Bytes that a row program allocates beside its outputs: the results of segments, where blocks share a row; counters."""
     if plan.segments == 1 or not (plan.together or plan.blocks > 1):
         return 0
-    counters = plan.rows + 1 if plan.together else 0
-    return 4 * (plan.rows * plan.segments * sum(map(partial_count, plan.formulas.stages)) + counters)
+    results = plan.rows * plan.segments * sum(map(partial_count, plan.formulas.stages))
+    return 8 * (1 + results) if plan.together else 4 * results
 
 
 def _launch(plan: Plan, operands: Arrays, rows: int, n: int) -> Arrays:
@@ -213,10 +213,8 @@ def _launch(plan: Plan, operands: Arrays, rows: int, n: int) -> Arrays:
     outputs = {name: (rows * n, dtype) for name, dtype in plan.out_dtypes}
     outputs |= dict.fromkeys(plan.program.row_outputs, (rows, "float32"))
     if plan.together:
-        counters: Any = jax.new_ref(jnp.zeros(plan.rows + 1, jnp.int32))
-        workspace = {name: shape for stage in partials for name, shape in stage.items()}
-        results = _call(plan, range(last + 1), {**operands, COUNTERS: counters}, outputs | workspace)
-        return {name: results[name] for name in outputs}
+        counters: Any = jax.new_ref(jnp.zeros(row_workspace_bytes(plan) // 4, jnp.int32))
+        return _call(plan, range(last + 1), {**operands, COUNTERS: counters}, outputs)
     if plan.blocks == 1 or not stages:
         return _call(plan, range(last + 1), operands, outputs)
     for i, stage in enumerate(partials):

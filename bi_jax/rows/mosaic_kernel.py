@@ -34,17 +34,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bi_jax.rows.formulas import FILL, Combination, Formulas, Stage, Step, fold, row_formulas
 from bi_jax.rows.ptx import Level, Node
-from bi_jax.rows.values import Chunk, Scope, dtype_of, tree
+from bi_jax.rows.values import Chunk, Scope, dtype_of, over_threads, tree
 from bi_jax.rows.warpgroup import (
     ACCESS,
     CHUNK,
+    THREADS,
     VECTOR,
-    Arrive,
     Await,
     Columns,
+    Lanes,
     Load,
     LoadValue,
     Place,
+    Post,
     Prefetch,
     Ref,
     Store,
@@ -57,7 +59,7 @@ from shared_specs.rows import ROW_CONTRACT, RowProgram
 
 SEGMENT = ROW_CONTRACT.segment
 COUNTERS = "counters"
-"""Zeros, int32, to be changed: how many segments of each row have arrived, and the next ticket."""
+"""Zeros, int32, to be changed: the next ticket, and from the second word of 8 bytes on the results of segments."""
 
 assert ROW_CONTRACT.lanes == CHUNK, ROW_CONTRACT
 
@@ -291,7 +293,7 @@ class Worker:
     ) -> None:
         stages = self.formulas.stages
         for phase in range(phases.start):
-            self.combine(stages[phase], scope, self.partials[phase], at)
+            self.combine(phase, scope, at)
         for phase in phases:
             if phase == len(stages):
                 scope.prepare_for(self.outputs)
@@ -302,7 +304,7 @@ class Worker:
                 self.each_segment(scope, row, at, worker, held, functools.partial(self._partial, phase, at))
                 if len(phases) > 1:
                     meet(phase)
-                    self.combine(stages[phase], scope, self.partials[phase], at)
+                    (self.gather if self.plan.together else self.combine)(phase, scope, at)
 
     def each_segment(self, scope: Scope, row: Any, at: Any, worker: Any, held: list | None, run: Callable) -> None:
         """`run(index, scope, chunks)` for the segments of this worker."""
@@ -327,8 +329,10 @@ class Worker:
         results = [step.result for stage in self.formulas.stages for step in stage.steps]
 
         def load(node: Node) -> jax.Array:
-            ref, place = [*itertools.chain(*self.partials)][results.index(node)], Place(self.plan.segments)
-            return LoadValue("float32", place, self.plan.together)(ref, at, index)
+            number = results.index(node)
+            if self.plan.together:
+                return Await(*self._words(number))(self.refs[COUNTERS], at, index)
+            return LoadValue("float32", Place(self.plan.segments))([*itertools.chain(*self.partials)][number], at, index)
 
         part = Scope(Level.SEGMENT, load, scope)
         return part, self.chunks(part, row, index * SEGMENT, length)
@@ -337,9 +341,23 @@ class Worker:
         """Leave the results of a segment for the others."""
         stage = self.formulas.stages[phase]
         self.fetch([chunks], [stage.steps[0].value])
+        results = self.reduce(stage, part, chunks)
+        if self.plan.together:
+            for number, value in enumerate(results, self._first_result(phase)):
+                Post(*self._words(number))(self.refs[COUNTERS], at, index, value)
+            return
         place = Place(self.plan.segments, end=self.plan.segments)
-        for ref, value in zip(self.partials[phase], self.reduce(stage, part, chunks), strict=True):
+        for ref, value in zip(self.partials[phase], results, strict=True):
             StoreValue(place)(ref, at, index, value)
+
+    def _first_result(self, phase: int) -> int:
+        """The number of a stage's first result among those of a segment."""
+        return sum(map(partial_count, self.formulas.stages[:phase]))
+
+    def _words(self, number: int) -> tuple[Place, int]:
+        """Where in `COUNTERS` a result of each segment is."""
+        plan = self.plan
+        return Place(plan.segments, end=plan.segments), 1 + number * plan.rows * plan.segments
 
     def _store_segment(self, part: Scope, row: Any, chunks: list[Chunk]) -> None:
         self.fetch([chunks], self.outputs)
@@ -373,9 +391,22 @@ class Worker:
             chunk.forget(self.plan.program.columns)
         return tree(step.kind, accumulator, lanes, self.scratch, self.plan.run)
 
-    def combine(self, stage: Stage, scope: Scope, refs: Sequence[Ref], at: Any) -> None:
+    def gather(self, phase: int, scope: Scope, at: Any) -> None:
+        """The row's results from row `at` of those that its segments post, one a thread, which are waited for."""
+        stage, count = self.formulas.stages[phase], self.plan.segments
+        lanes = ROW_CONTRACT.lanes_for(count)
+        own, columns = Scope(Level.ELEMENT, scope.load, scope, THREADS), Lanes(lanes)()
+        own.values[self.formulas.column] = columns
+        for number, part in enumerate(stage.combinations[-1].parts, self._first_result(phase)):
+            own.values[part] = Await(*self._words(number))(self.refs[COUNTERS], at, columns)
+        for combination in stage.combinations:
+            root = self.formulas.masked(combination.value, count, FILL[combination.kind])
+            scope.values[combination.result] = over_threads(combination.kind, own.get([root])[0], lanes)
+
+    def combine(self, phase: int, scope: Scope, at: Any) -> None:
         """The row's results from row `at` of those of its segments."""
-        parts = dict(zip(stage.combinations[-1].parts, refs, strict=True))
+        stage = self.formulas.stages[phase]
+        parts = dict(zip(stage.combinations[-1].parts, self.partials[phase], strict=True))
 
         def chunk(first: Any) -> Scope:
             count = self.plan.segments
@@ -384,7 +415,7 @@ class Worker:
                 if node is self.formulas.column:
                     return Columns(_lanes(count))(first)
                 place = Place(count, _lanes(count), end=count)
-                return Load("float32", place, width("float32", count), self.plan.together)(parts[node], at, first)
+                return Load("float32", place, width("float32", count))(parts[node], at, first)
 
             return Scope(Level.ELEMENT, load, scope)
 
@@ -483,17 +514,12 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
         call = worker.call()
 
         def ticket() -> Any:
-            return Ticket()(refs[COUNTERS], own[0], plan.rows)
+            return Ticket()(refs[COUNTERS], own[0], 0)
 
         def segment(index: Any) -> Any:
             worker.prefetch(*_divmod(index + plan.ahead, plan.segments))
             row, part = _divmod(index, plan.segments)
-
-            def meet(phase: int) -> None:
-                Arrive()(refs[COUNTERS], row)
-                Await()(refs[COUNTERS], row, (phase + 1) * plan.segments)
-
-            worker.long_row(call, row, row, part, phases, meet)
+            worker.long_row(call, row, row, part, phases, lambda _: None)
             return ticket()
 
         if plan.together:  # a warpgroup must not end while tickets are left: others may wait for who takes them

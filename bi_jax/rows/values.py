@@ -18,8 +18,11 @@ class Scope:
     so a scope must not be used beyond the loop or the branch in which it was opened.
     """
 
-    def __init__(self, level: Level, load: Callable[[Node], jax.Array], outer: "Scope | None" = None) -> None:
+    def __init__(
+        self, level: Level, load: Callable[[Node], jax.Array], outer: "Scope | None" = None, size: int | None = None
+    ) -> None:
         self.level, self.load, self.outer = level, load, outer
+        self.size = size or (CHUNK if level == Level.ELEMENT else THREADS)
         self.values: dict[Node, jax.Array] = {}
 
     def find(self, node: Node) -> jax.Array | None:
@@ -34,8 +37,7 @@ class Scope:
         _, leaves = needed(results, self._is_leaf)
         self.prepare(leaves)
         types = [*(dtypes or map(dtype_of, roots)), *map(dtype_of, keep)]
-        size = CHUNK if self.level == Level.ELEMENT else THREADS
-        values = Evaluate(Block(tuple(leaves), results), tuple(types), size)(*map(self.find, leaves))
+        values = Evaluate(Block(tuple(leaves), results), tuple(types), self.size)(*map(self.find, leaves))
         self.values.update(zip(keep, values[len(roots) :], strict=True))
         return values[: len(roots)]
 
@@ -97,13 +99,18 @@ def tree(kind: str, x: jax.Array, lanes: int, scratch: Ref, run: int = VECTOR) -
     halves = [combined(kind, values[i : i + run]) for i in range(0, VECTOR, run)]
     apart = len(halves) > 1 and threads > 1
     value = combined(kind, Exchange()(*halves) if apart else halves)
-    distance = 2 if apart else 1
-    while distance < min(WARP, threads):
-        value = combined(kind, [value, Shuffle(distance)(value)])
-        distance *= 2
+    value = over_threads(kind, value, min(WARP, threads), 2 if apart else 1)
     if threads > WARP:
         value = combined(kind, Warps(threads // WARP)(scratch, value))
     return combined(kind, [value, Shuffle(1)(value)]) if apart else value
+
+
+def over_threads(kind: str, value: jax.Array, threads: int, distance: int = 1) -> jax.Array:
+    """One value a thread reduced by `kind` over groups of `threads`, those that are `distance` apart first."""
+    while distance < threads:
+        value = combined(kind, [value, Shuffle(distance)(value)])
+        distance *= 2
+    return value
 
 
 def combined(kind: str, values: Sequence[jax.Array]) -> jax.Array:

@@ -105,15 +105,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Load(Instruction):
-    """(ref, row, column): a chunk, `width` elements at a time; zeros where the array has none.
-
-    `coherent`: the array is written by other blocks of this kernel.
-    """
+    """(ref, row, column): a chunk, `width` elements at a time; zeros where the array has none."""
 
     dtype: str
     place: Place
     width: int
-    coherent: bool = False
 
     references = 1
 
@@ -127,8 +123,7 @@ class Load(Instruction):
         for first in range(0, VECTOR, self.width):
             at = arith.addi(column, _i32(self.place.lane(first)))
             address = _address(ref, self.place.offset(row, at))
-            size, space = self.width * utils.bytewidth(element), _space(ref)
-            words += _load(address, self.place.inside(row, at), size, space, self.coherent and space == "global")
+            words += _load(address, self.place.inside(row, at), self.width * utils.bytewidth(element), _space(ref))
         return _fragments(_bitcast_words(words, element), self.dtype)
 
 
@@ -164,12 +159,11 @@ class Store(Instruction):
 class LoadValue(Instruction):
     """(ref, row, column): one element a thread, that of the thread's row, widened to 32 bits; 0 where the array has none.
 
-    `column` may be an array, of one column a thread: NaN where the array has none. `coherent` as in `Load`.
+    `column` may be an array, of one column a thread: NaN where the array has none.
     """
 
     dtype: str
     place: Place
-    coherent: bool = False
 
     references = 1
 
@@ -183,8 +177,7 @@ class LoadValue(Instruction):
             column = _extract(column, 0)
         inside = self.place.inside(row, column)
         element = utils.dtype_to_ir_type(jnp.dtype(self.dtype))
-        size, space = utils.bytewidth(element), _space(ref)
-        words = _load(_address(ref, self.place.offset(row, column)), inside, size, space, self.coherent and space == "global")
+        words = _load(_address(ref, self.place.offset(row, column)), inside, utils.bytewidth(element), _space(ref))
         value = _extract(_bitcast_words(words, element), 0)
         if utils.bitwidth(element) == 16:
             value = llvm.fpext(ir.F32Type.get(), value)
@@ -266,6 +259,19 @@ class Rows(Instruction):
 
     def emit(self, context, row):
         return _fragments(_vector([self.place.row(_scalar(row))]), "int32")
+
+
+@dataclass(frozen=True)
+class Lanes(Instruction):
+    """(): the number of each thread among `count`, a power of two."""
+
+    count: int
+
+    def result(self):
+        return _array((THREADS,), "int32")
+
+    def emit(self, context):
+        return _fragments(_vector([arith.remui(_thread(), _i32(self.count))]), "int32")
 
 
 @dataclass(frozen=True)
@@ -372,46 +378,69 @@ class Ticket(Instruction):
 
 
 @dataclass(frozen=True)
-class Arrive(Instruction):
-    """(counters, index): add one to a counter in global memory, for others to see what `StoreValue` wrote before."""
+class Post(Instruction):
+    """(words, row, column, value): the first thread leaves its value in a word of 8 bytes, beside a mark, for `Await` to see.
+
+    A word is written and read as a whole, and nothing else is handed on, so no fence is needed.
+
+    Attributes:
+        place: of the words in an array with a row for every row.
+        start: words before that array.
+    """
+
+    place: Place
+    start: int
 
     references = 1
 
-    def result(self, counters, index):
+    def result(self, words, row, column, value):
         return ()
 
-    def emit(self, context, counters, index):
-        text = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p red.release.gpu.global.add.u32 [$0], 1; }"
-        first = arith.extui(_i32_type(), _compare("eq", _thread(), _i32(0)))  # the thread that stores values
-        _assembly(text, "l,r", [], [_address(counters, _scalar(index)), first])
+    def emit(self, context, words, row, column, value):
+        text = "{ .reg .pred p; .reg .b64 w; setp.ne.b32 p, $2, 0; mov.b64 w, {$1, $2}; @p st.relaxed.gpu.global.b64 [$0], w; }"
+        address = _word(words, self.start, self.place.offset(_scalar(row), _scalar(column)))
+        (bits,) = _bitcast_vector(value.registers.flat[0], _i32_type())
+        first = arith.extui(_i32_type(), _compare("eq", _thread(), _i32(0)))
+        _assembly(text, "l,r,r", [], [address, bits, first])
         return ()
 
 
 @dataclass(frozen=True)
 class Await(Instruction):
-    """(counters, index, count): wait until a counter is at least `count`; what was stored before can be read afterwards."""
+    """(words, row, columns): what `Post` with the same fields leaves, for each thread's column; 0 where the array has none.
+
+    Waits for it. Zeros say that it is not there yet.
+    """
+
+    place: Place
+    start: int
 
     references = 1
 
-    def result(self, counters, index, count):
-        return ()
+    def result(self, words, row, columns):
+        return _array((THREADS,), "float32")
 
-    def emit(self, context, counters, index, count):
+    def emit(self, context, words, row, columns):
         text = """{
             .reg .pred p;
-            .reg .b32 seen;
+            .reg .b64 word;
+            .reg .b32 mark;
+            mov.b32 $0, 0;
             setp.eq.b32 p, $2, 0;
             @p bra DONE;
             AGAIN:
-            ld.acquire.gpu.global.u32 seen, [$0];
-            setp.lt.u32 p, seen, $1;
+            ld.relaxed.gpu.global.b64 word, [$1];
+            mov.b64 {$0, mark}, word;
+            setp.eq.b32 p, mark, 0;
             @p bra AGAIN;
             DONE:
         }"""
-        first = arith.extui(_i32_type(), _compare("eq", _thread(), _i32(0)))
-        _assembly(text, "l,r,r", [], [_address(counters, _scalar(index)), _scalar(count), first])
-        utils.warpgroup_barrier()
-        return ()
+        row, column = _scalar(row), columns.registers.flat[0]
+        column = _extract(column, 0) if isinstance(column.type, ir.VectorType) else column
+        inside = arith.extui(_i32_type(), self.place.inside(row, column))
+        address = _word(words, self.start, self.place.offset(row, column))
+        (bits,) = _assembly(text, "=&r,l,r", [_i32_type()], [address, inside], side_effects=True)
+        return _fragments(_vector([llvm.bitcast(ir.F32Type.get(), bits)]), "float32")
 
 
 @dataclass(frozen=True)
@@ -563,13 +592,19 @@ def _address(ref: ir.Value, offset: ir.Value) -> ir.Value:
     return llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer)
 
 
-def _load(address: ir.Value, inside: ir.Value | None, size: int, space: str, coherent: bool = False) -> list[ir.Value]:
+def _word(words: ir.Value, start: int, offset: ir.Value) -> ir.Value:
+    """The address of a word of 8 bytes, `offset` behind the first `start`."""
+    i64 = ir.IntegerType.get_signless(64)
+    return _address(words, arith.muli(arith.addi(offset, utils.c(start, i64)), utils.c(2, i64)))
+
+
+def _load(address: ir.Value, inside: ir.Value | None, size: int, space: str) -> list[ir.Value]:
     """`size` bytes as integers of up to 4 bytes, or zeros."""
     bits = 8 * min(size, 4)
     count = max(size // 4, 1)
     outputs = [f"${i}" for i in range(count)]
     vector, listed = (f".v{count}", f"{{{', '.join(outputs)}}}") if count > 1 else ("", outputs[0])
-    kind = "relaxed.gpu.global" if coherent else {"global": "global.nc", "shared": "shared"}[space]
+    kind = {"global": "global.nc", "shared": "shared"}[space]
     zeros = " ".join(f"mov.b{bits} {x}, 0;" for x in outputs)
     load = f"ld.{kind}{vector}.b{bits} {listed}, [${count}];"
     register, pointer = "h" if bits == 16 else "r", "r" if space == "shared" else "l"

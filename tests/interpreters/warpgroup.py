@@ -125,6 +125,11 @@ def _(instruction: warpgroup.Rows, row: np.ndarray) -> list[np.ndarray]:
 
 
 @run.register
+def _(instruction: warpgroup.Lanes) -> list[np.ndarray]:
+    return [np.arange(THREADS, dtype=np.int32) % instruction.count]
+
+
+@run.register
 def _(instruction: warpgroup.Unpack, x: np.ndarray) -> list[np.ndarray]:
     return list(x.reshape(THREADS, VECTOR).T)
 
@@ -160,14 +165,24 @@ def _(instruction: warpgroup.Ticket, counters: Memory, scratch: Memory, index: n
 
 
 @run.register
-def _(instruction: warpgroup.Arrive, counters: Memory, index: np.ndarray) -> list[np.ndarray]:
-    counters.add_one(index)
+def _(instruction: warpgroup.Post, words: Memory, row: np.ndarray, column: np.ndarray, value: np.ndarray) -> list[np.ndarray]:
+    at = 2 * _word(instruction, row, column)
+    words.write(np.stack([at, at + 1]), np.array([value[:1].view(np.int32)[0], 1], np.int32))
     return []
 
 
 @run.register
-def _(instruction: warpgroup.Await, counters: Memory, index: np.ndarray, count: np.ndarray) -> list[np.ndarray] | None:
-    return [] if counters.read()[index] >= count else None
+def _(instruction: warpgroup.Await, words: Memory, row: np.ndarray, columns: np.ndarray) -> list[np.ndarray] | None:
+    content, columns = words.read(), np.broadcast_to(columns, (THREADS,))
+    inside = _inside(instruction.place, row, columns)
+    at = 2 * np.where(inside, _word(instruction, row, columns), 0)
+    if not content[at + 1][inside].all():
+        return None
+    return [np.where(inside, content[at], 0).astype(np.int32).view(np.float32)]
+
+
+def _word(instruction: warpgroup.Post | warpgroup.Await, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    return instruction.start + row.astype(np.int64) * instruction.place.stride + column
 
 
 @run.register
