@@ -82,7 +82,7 @@ def test_reductions_over_warpgroups_that_wait_for_one_another(program):
 def test_waiting_is_ordered():
     """The instructions by which blocks that run at the same time hand on their results."""
     text = lowered(softmax.SOFTMAX, 64, 151_936, "bfloat16")
-    assert "atom.relaxed.gpu.global.add.u32" in text
+    assert "atom.relaxed.gpu.global.inc.u32" in text
     assert text.index("st.relaxed.gpu.global.b64") < text.index("ld.relaxed.gpu.global.b64")
     assert accesses(text) == {"ld.global.nc.v4.b32", "st.global.v4.b32"}
     assert "output_operand_aliases" in text

@@ -42,7 +42,9 @@ from bi_jax.rows.warpgroup import (
     VECTOR,
     Await,
     Columns,
+    Draw,
     Lanes,
+    Leave,
     Load,
     LoadValue,
     Place,
@@ -52,7 +54,7 @@ from bi_jax.rows.warpgroup import (
     Store,
     StoreValue,
     Sync,
-    Ticket,
+    Take,
     width,
 )
 from shared_specs.rows import ROW_CONTRACT, RowProgram
@@ -161,6 +163,7 @@ class Worker:
         partials: for each stage, arrays of the results of segments.
         scratch: shared memory of this warpgroup, a value for each thread.
         totals: shared memory of this warpgroup for the sums over many segments.
+        ticket: shared memory of this warpgroup for its next ticket.
     """
 
     plan: Plan
@@ -169,6 +172,7 @@ class Worker:
     partials: Sequence[Sequence[Ref]]
     scratch: Ref
     totals: Ref | None
+    ticket: Ref | None
 
     def __post_init__(self) -> None:
         self.formulas: Formulas = self.plan.formulas
@@ -296,9 +300,12 @@ class Worker:
             self.combine(phase, scope, at)
         for phase in phases:
             if phase == len(stages):
+                drawn = Draw()(self.refs[COUNTERS]) if self.plan.together else None  # no longer does anyone wait for this one
                 scope.prepare_for(self.outputs)
                 self.each_segment(scope, row, at, worker, held, lambda _, part, chunks: self._store_segment(part, row, chunks))
                 pl.when(worker == 0)(lambda: self.store_row(scope, row))
+                if drawn is not None:
+                    Leave()(self.ticket, drawn)
             else:
                 scope.prepare_for([stages[phase].steps[0].value])
                 self.each_segment(scope, row, at, worker, held, functools.partial(self._partial, phase, at))
@@ -500,6 +507,8 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
     scratch: dict[str, Any] = {"scratch": plgpu.SMEM((plan.warpgroups, CHUNK // VECTOR), jnp.float32)}
     if plan.segments > CHUNK:
         scratch["totals"] = plgpu.SMEM((plan.warpgroups, CHUNK), jnp.float32)
+    if plan.together:
+        scratch["ticket"] = plgpu.SMEM((plan.warpgroups, 1), jnp.int32)
     if shared:
         shape = plan.block_rows, plan.segments
         scratch |= {name: plgpu.SMEM(shape, jnp.float32) for stage in names for name in stage}
@@ -509,21 +518,19 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
         refs, out_refs = dict(zip(inputs, args, strict=False)), dict(zip(outputs, args[len(inputs) :], strict=True))
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         partials = [[(refs | out_refs | scratch).get(name) for name in stage] for stage in names]
-        own = [scratch[name].at[warpgroup] if name in scratch else None for name in ("scratch", "totals")]
+        own = [scratch[name].at[warpgroup] if name in scratch else None for name in ("scratch", "totals", "ticket")]
         worker = Worker(plan, refs, out_refs, partials, *own)
         call = worker.call()
-
-        def ticket() -> Any:
-            return Ticket()(refs[COUNTERS], own[0], 0)
 
         def segment(index: Any) -> Any:
             worker.prefetch(*_divmod(index + plan.ahead, plan.segments))
             row, part = _divmod(index, plan.segments)
             worker.long_row(call, row, row, part, phases, lambda _: None)
-            return ticket()
+            return Take()(worker.ticket)
 
         if plan.together:  # a warpgroup must not end while tickets are left: others may wait for who takes them
-            lax.while_loop(lambda index: index < plan.rows * plan.segments, segment, ticket())
+            Leave()(worker.ticket, Draw()(refs[COUNTERS]))
+            lax.while_loop(lambda index: index < plan.rows * plan.segments, segment, Take()(worker.ticket))
             return
 
         def group(i: Any) -> None:

@@ -357,24 +357,52 @@ class Sync(Instruction):
 
 
 @dataclass(frozen=True)
-class Ticket(Instruction):
-    """(counters, scratch, index): what a counter in global memory was, before one was added; the same for all threads."""
+class Draw(Instruction):
+    """(counter): what a counter in global memory was, before one was added, to the first thread.
 
-    references = 2
+    An increment with a limit, as ptxas would have a warp's additions wait for their result at once.
+    """
 
-    def result(self, counters, scratch, index):
+    references = 1
+
+    def result(self, counter):
+        return _array((THREADS,), "int32")
+
+    def emit(self, context, counter):
+        text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p atom.relaxed.gpu.global.inc.u32 $0, [$1], 0x7FFFFFFF; }"
+        first = arith.extui(_i32_type(), _compare("eq", _thread(), _i32(0)))
+        (ticket,) = _assembly(text, "=&r,l,r", [_i32_type()], [_address(counter, _i32(0)), first], side_effects=True)
+        return _fragments(_vector([ticket]), "int32")
+
+
+@dataclass(frozen=True)
+class Leave(Instruction):
+    """(shared, x): the first thread's x goes to shared memory, for `Take`."""
+
+    references = 1
+
+    def result(self, shared, x):
+        return ()
+
+    def emit(self, context, shared, x):
+        words = _bitcast_vector(x.registers.flat[0], _i32_type())
+        _store(_address(shared, _i32(0)), _compare("eq", _thread(), _i32(0)), words, _space(shared))
+        return ()
+
+
+@dataclass(frozen=True)
+class Take(Instruction):
+    """(shared): what was left there, the same for all threads. They must meet once more before there is something new."""
+
+    references = 1
+
+    def result(self, shared):
         return _array((), "int32")
 
-    def emit(self, context, counters, scratch, index):
-        shared = utils.memref_ptr(scratch)
-        address = _address(counters, _scalar(index))
-        utils.warpgroup_barrier()  # the scratch may still be read
-        with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
-            text = "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;"
-            (ticket,) = _assembly(text, "=r,l", [_i32_type()], [address], side_effects=True)
-            llvm.store(ticket, shared)
+    def emit(self, context, shared):
         utils.warpgroup_barrier()
-        return mgpu.FragmentedArray.splat(llvm.load(_i32_type(), shared), (), is_signed=True)
+        value = llvm.load(_i32_type(), utils.memref_ptr(shared))
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,19 @@ def _(instruction: warpgroup.Sync) -> list[np.ndarray]:
 
 
 @run.register
-def _(instruction: warpgroup.Ticket, counters: Memory, scratch: Memory, index: np.ndarray) -> list[np.ndarray]:
-    return [counters.add_one(index)]
+def _(instruction: warpgroup.Draw, counter: Memory) -> list[np.ndarray]:
+    return [np.where(FIRST == 0, counter.add_one(np.intp(0)), 0).astype(np.int32)]
+
+
+@run.register
+def _(instruction: warpgroup.Leave, shared: Memory, x: np.ndarray) -> list[np.ndarray]:
+    shared.write(np.intp(0), x[0])
+    return []
+
+
+@run.register
+def _(instruction: warpgroup.Take, shared: Memory) -> list[np.ndarray]:
+    return [shared.read()[0]]
 
 
 @run.register
