@@ -18,6 +18,7 @@ from bi_torch.direct import signature
 from bi_torch.rows import triton_kernels
 from bi_torch.rows.schedule import (
     MOST_COOPERATING,
+    PREFETCHED,
     column_cover,
     is_resident,
     power_of_two,
@@ -365,9 +366,13 @@ def _add_shared(
     cover = row_cover(n, schedule, vector, 1)
     plan.workspace = [rows * segments for kind in kinds for _ in range(_components(kind))]
     plan.counters = 1 + rows * len(kinds)
+    ahead = multiprocessors(shape.given[0].device.index) * max(
+        1, PREFETCHED // (ROW_CONTRACT.segment * sum(x.itemsize for x in shape.given[: shape.elements]))
+    )
+    ahead = ahead if ahead < rows * segments else 0
     tail = (
         rows, n // constants[-1], segments, *constants, cover.chunks if n % cover.width == 0 else 0, cover.chunks, cover.lanes,
-        cover.piece, ROW_CONTRACT.segment, max(power_of_two(segments), 32 * schedule.warps),
+        cover.piece, ROW_CONTRACT.segment, max(power_of_two(segments), 32 * schedule.warps), ahead,
     )  # fmt: skip
 
     def arguments(call: _Call) -> tuple[Any, ...]:

@@ -23,6 +23,9 @@ results over whole tiles, and they do not fit the registers."""
 MOST_COOPERATING = 128
 """Segments of a row whose programs may wait for each other: no more than the multiprocessors of any Hopper GPU."""
 
+PREFETCHED = 128 * 1024
+"""Bytes that the L2 cache fetches ahead for a multiprocessor: more than the programs there hold at a time."""
+
 PROGRAMS = 256
 """Thread blocks below which a GPU of 132 multiprocessors idles."""
 
