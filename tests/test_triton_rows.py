@@ -24,7 +24,7 @@ from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, pow_inputs, 
 KERNELS = interpreted(triton_kernels)
 with mock.patch.dict(sys.modules, {triton_kernels.__name__: KERNELS}):
     SHARED = interpreted(triton_shared_rows)
-SHARED._meet = lambda counter, count: None
+SHARED._await = lambda words, inside: SHARED.tl.load(words, mask=inside, other=0)
 TARGET = GPUTarget("cuda", 90, 32)
 
 
@@ -57,8 +57,8 @@ def run(*args, **options):
             if launch.kernel is triton_shared_rows.rows_shared:
                 module, times = SHARED, 1 + len(args[0].reductions)
             for _ in range(times):
-                if call.counters is not None:
-                    call.counters.zero_()
+                if call.words is not None:
+                    call.words[0] = 0
                 getattr(module, launch.kernel.__name__)[(launch.grid,)](*launch.arguments(call), **launch.options)
     return call.outputs
 
@@ -302,12 +302,13 @@ def test_later_segments_are_fetched_ahead():
 
 
 def test_programs_of_a_row_meet():
-    """Each reduction: what a program stores is released, and seen after an acquiring load, not through the L1 cache."""
+    """What a program leaves is stored and awaited as words, each of which is read and written as a whole."""
     (kernel,) = compiled(softmax.SOFTMAX, 4, 147456, "float32", RowSchedule(1, 8, cooperative=True))
     ptx = kernel.asm["ptx"]
-    assert ptx.count("atom.global.gpu.acq_rel.add") == ptx.count("ld.global.gpu.acquire") == 1
     assert "atom.global.gpu.relaxed.add" in ptx
-    assert ptx.count("ld.global.cg") >= 2
+    assert ptx.count("atom.global.gpu.relaxed.exch.b64") == 2
+    assert ptx.count("ld.volatile.global.b64") == 4
+    assert ptx.rindex("exch.b64") < ptx.index("ld.volatile.global.b64")
 
 
 def test_only_the_program_asks_for_fma():

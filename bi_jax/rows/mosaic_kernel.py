@@ -300,7 +300,7 @@ class Worker:
             self.combine(phase, scope, at)
         for phase in phases:
             if phase == len(stages):
-                drawn = Draw()(self.refs[COUNTERS]) if self.plan.together else None  # no longer does anyone wait for this one
+                drawn = Draw()(self.refs[COUNTERS]) if self.plan.together else None  # this one waits no longer
                 scope.prepare_for(self.outputs)
                 self.each_segment(scope, row, at, worker, held, lambda _, part, chunks: self._store_segment(part, row, chunks))
                 pl.when(worker == 0)(lambda: self.store_row(scope, row))

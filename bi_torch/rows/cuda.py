@@ -128,7 +128,7 @@ class _Call:
     integers: tuple[int, ...]
     outputs: dict[str, torch.Tensor]
     workspace: tuple[torch.Tensor, ...]
-    counters: torch.Tensor | None
+    words: torch.Tensor | None
 
 
 @dataclass
@@ -165,14 +165,14 @@ class Plan:
         outputs: (name, shape, dtype) of every output.
         workspace: sizes of the float32 buffers.
         contiguous: which inputs have to be made so first, by position.
-        counters: size of an int32 buffer of zeros.
+        words: size of an int64 buffer of zeros.
     """
 
     launches: list[_Launch]
     outputs: list[tuple[str, tuple[int, ...], torch.dtype]]
     workspace: list[int]
     contiguous: list[int]
-    counters: int = 0
+    words: int = 0
 
     def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> "Plan":
         """The same launches, with outputs of other shapes, whose elements have the same order."""
@@ -215,8 +215,8 @@ class Plan:
         for name, shape, dtype in self.outputs:
             outputs[name] = outs[name] if name in outs else new_tensor(shape, dtype, device)
         workspace = tuple([new_tensor((size,), torch.float32, device) for size in self.workspace])
-        counters = torch.zeros(self.counters, dtype=torch.int32, device=device) if self.counters else None
-        return _Call(tuple(given), scalars, integers, outputs, workspace, counters)
+        words = torch.zeros(self.words, dtype=torch.int64, device=device) if self.words else None
+        return _Call(tuple(given), scalars, integers, outputs, workspace, words)
 
 
 _PLANS: dict[tuple[Any, ...], Plan] = {}
@@ -364,8 +364,7 @@ def _add_shared(
     if segments > MOST_COOPERATING or schedule.block_rows > 1:
         raise ValueError(f"{shape.program.name}: at most {MOST_COOPERATING} blocks of one row can wait for each other")
     cover = row_cover(n, schedule, vector, 1)
-    plan.workspace = [rows * segments for kind in kinds for _ in range(_components(kind))]
-    plan.counters = 1 + rows * len(kinds)
+    plan.words = 1 + rows * segments * sum(map(_components, kinds))
     ahead = multiprocessors(shape.given[0].device.index) * max(
         1, PREFETCHED // (ROW_CONTRACT.segment * sum(x.itemsize for x in shape.given[: shape.elements]))
     )
@@ -376,7 +375,7 @@ def _add_shared(
     )  # fmt: skip
 
     def arguments(call: _Call) -> tuple[Any, ...]:
-        return (*tensors(call), _by_reduction(call.workspace, kinds), call.counters, *tail)
+        return (*tensors(call), call.words, *tail)
 
     plan.launches.append(_Launch(rows_shared, rows * segments, arguments, schedule.warps))
 

@@ -14,9 +14,10 @@ import triton.language as tl
 
 from bi_torch.rows.triton_arithmetic import kind_of, reads_terms, reduction_count
 from bi_torch.rows.triton_kernels import (
-    _finished,
+    _fill,
     _load,
     _row_pointers,
+    _row_result,
     _row_values,
     _segment_results,
     _store_outputs,
@@ -26,13 +27,34 @@ from bi_torch.rows.triton_kernels import (
 
 
 @triton.jit
-def _meet(counter, count):
-    """Wait until `count` programs are here; what they stored before can be loaded after."""
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counter, 1, sem="acq_rel") + 1
-    while arrived < count:
-        arrived = tl.atomic_add(counter, 0, sem="acquire")
-    tl.debug_barrier()
+def _post(words, value):
+    """Leave a float32 in the low half of a word, beside a mark in the high half.
+
+    Words are written and read as a whole, and nothing else is handed on: no fence is needed.
+    """
+    bits = value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    tl.atomic_xchg(words, bits | (1 << 32), sem="relaxed")
+
+
+@triton.jit
+def _await(words, inside):
+    """Those of `words` that are `inside`, once all are there: zeros say that one is not. Volatile loads miss the L1 cache."""
+    found = tl.load(words, mask=inside, other=1 << 32, volatile=True)
+    while tl.min((found >> 32).to(tl.int32)) == 0:
+        found = tl.load(words, mask=inside, other=1 << 32, volatile=True)
+    return found
+
+
+@triton.jit
+def _gathered(KIND: tl.constexpr, words, row, first, R, segments, NUMBERS: tl.constexpr, COUNT: tl.constexpr):
+    """A row's result from the NUMBERS that each of its segments posts, numbered from `first` among all of its numbers."""
+    index = tl.arange(0, COUNT)[None, None, :]
+    inside = index < segments
+    results = ()
+    for j in tl.static_range(NUMBERS):
+        value = _await(words + ((first + j) * R + row) * segments + index, inside).to(tl.int32).to(tl.float32, bitcast=True)
+        results = results + (tl.where(inside, value, 0.0 if j == 1 else _fill(KIND)),)
+    return _row_result(KIND, results)
 
 
 @triton.jit
@@ -59,8 +81,8 @@ def _prefetch(elements, strides, row, number, R, N, UNIT: tl.constexpr, SEGMENT:
 
 @triton.jit
 def _segment(
-    row, number, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs, partials,
-    counters, R, N, segments,
+    row, number, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs, words,
+    R, N, segments,
     FORMULAS: tl.constexpr, GATHERED: tl.constexpr, UNIT: tl.constexpr, FULL: tl.constexpr,
     CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, SEGMENT: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
@@ -70,16 +92,15 @@ def _segment(
     pointers = _row_pointers(elements, strides, row, UNIT)
     tiles = _load(pointers, base, N, 1, CHUNKS, LANES, PIECE, FULL, "evict_first")
     row_values = _row_values(row, pointers, rows, ids, scalars, integers, N, GATHERED)
-    reduced, of_segments = (), ()
+    reduced, of_segments, first = (), (), 0
     for i in tl.static_range(reduction_count(FORMULAS)):
         results, terms = _segment_results(
             FORMULAS, i, tiles, columns, row_values, reduced, base, N, 1, CHUNKS, LANES, PIECE, FULL, True
         )
         for j in tl.static_range(len(results)):
-            tl.store(partials[i][j] + row * segments + segment, results[j])
-        _meet(counters + 1 + row * reduction_count(FORMULAS) + i, segments)
-        # Other multiprocessors stored these: not through the L1 cache.
-        reduced = reduced + (_finished(kind_of(FORMULAS, i), partials[i], row, segments, COUNT, ".cg"),)
+            _post(words + ((first + j) * R + row) * segments + segment, results[j])
+        reduced = reduced + (_gathered(kind_of(FORMULAS, i), words, row, first, R, segments, len(results), COUNT),)
+        first += len(results)
         weights = _weights(results[0], reduced[i][0]) if reads_terms(FORMULAS, i) else 1.0
         of_segments = of_segments + ((weights, results[0], terms),)
     targets = _row_pointers(outputs, output_strides, row, UNIT)
@@ -93,10 +114,10 @@ def _segment(
 
 @triton.jit(
     do_not_specialize=["strides", "output_strides", "integers", "R", "N", "segments"],
-    do_not_specialize_on_alignment=["partials", "counters"],
+    do_not_specialize_on_alignment=["words"],
 )
 def rows_shared(
-    elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs, partials, counters,
+    elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs, words,
     R, N, segments,
     FORMULAS: tl.constexpr, GATHERED: tl.constexpr, UNIT: tl.constexpr, FULL: tl.constexpr,
     CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, SEGMENT: tl.constexpr, COUNT: tl.constexpr,
@@ -104,12 +125,13 @@ def rows_shared(
 ):  # fmt: skip
     """One segment of one row, from loads to stores in registers.
 
-    `partials[i]` takes the segments' results of reduction i, [R, segments]; `counters` is zero: the ticket, then a counter for
-    every row and reduction. COUNT is a power of two that holds `segments`. Where masks are needed, the last segment alone does.
+    `words` are int64 zeros: the ticket, then for every number of a segment's results [R, segments]. COUNT is a power of two
+    that holds `segments`. Where masks are needed, the last segment alone does.
     The L2 cache fetches the segment of the program AHEAD later, so that memory is not idle while programs compute and wait.
     """
     N = N * UNIT
-    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    ticket = tl.atomic_add(words, 1, sem="relaxed").to(tl.int32)
+    words += 1
     if AHEAD > 0:
         later = ticket + AHEAD
         _prefetch(elements, strides, (later // segments).to(tl.int64), later % segments, R, N, UNIT, SEGMENT)
@@ -118,15 +140,15 @@ def rows_shared(
         if number < segments - 1:
             _segment(
                 row, number, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs,
-                partials, counters, R, N, segments, FORMULAS, GATHERED, UNIT, CHUNKS, CHUNKS, LANES, PIECE, SEGMENT, COUNT,
+                words, R, N, segments, FORMULAS, GATHERED, UNIT, CHUNKS, CHUNKS, LANES, PIECE, SEGMENT, COUNT,
             )  # fmt: skip
         else:
             _segment(
                 row, number, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs,
-                partials, counters, R, N, segments, FORMULAS, GATHERED, UNIT, FULL, CHUNKS, LANES, PIECE, SEGMENT, COUNT,
+                words, R, N, segments, FORMULAS, GATHERED, UNIT, FULL, CHUNKS, LANES, PIECE, SEGMENT, COUNT,
             )  # fmt: skip
     else:
         _segment(
             row, number, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs,
-            partials, counters, R, N, segments, FORMULAS, GATHERED, UNIT, CHUNKS, CHUNKS, LANES, PIECE, SEGMENT, COUNT,
+            words, R, N, segments, FORMULAS, GATHERED, UNIT, CHUNKS, CHUNKS, LANES, PIECE, SEGMENT, COUNT,
         )  # fmt: skip
