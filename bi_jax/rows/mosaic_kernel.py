@@ -43,6 +43,7 @@ from bi_jax.rows.warpgroup import (
     Await,
     Columns,
     Draw,
+    FirstWarp,
     Lanes,
     Leave,
     Load,
@@ -242,6 +243,8 @@ class Worker:
         rows = chunks()
         if plan.held:
             self.fetch(rows, [*(stage.steps[0].value for stage in self.formulas.stages), *self.outputs])
+        for scope in scopes:  # beside the elements, not after them
+            scope.load_for(list(self.formulas.row_outputs.values()), (*plan.program.rows, *plan.program.gathered))
         for stage in self.formulas.stages:
             rows = rows if plan.held else chunks()
             self.fetch(rows, [stage.steps[0].value])
@@ -471,11 +474,16 @@ class Worker:
                 store(self.out_refs[name], row, chunk.column, value)
 
     def store_row(self, scope: Scope, row: Any) -> None:
-        """The numbers of rows."""
+        """The numbers of rows. What is computed for them stays here; of a whole row, one warp computes it."""
         roots = self.formulas.row_outputs
-        if roots:
-            for name, value in zip(roots, scope.get(list(roots.values())), strict=True):
+
+        def store() -> None:
+            own = Scope(scope.level, scope.load, scope)
+            for name, value in zip(roots, own.get(list(roots.values())), strict=True):
                 StoreValue(self.plan.place(1))(self.out_refs[name], row, 0, value)
+
+        if roots:
+            (pl.when(FirstWarp()() != 0) if self.plan.lanes == CHUNK else lambda run: run())(store)
 
 
 def _lanes(n: int) -> int:

@@ -275,6 +275,18 @@ class Lanes(Instruction):
 
 
 @dataclass(frozen=True)
+class FirstWarp(Instruction):
+    """(): 1 in the warp of the first thread, else 0. Where only one branch is taken by it, threads must not meet there."""
+
+    def result(self):
+        return _array((), "int32")
+
+    def emit(self, context):
+        first = arith.extui(_i32_type(), _compare("ult", _thread(), _i32(32)))
+        return mgpu.FragmentedArray.splat(first, (), is_signed=True)
+
+
+@dataclass(frozen=True)
 class Unpack(Instruction):
     """(chunk): the elements of a thread, as 8 arrays of one a thread."""
 

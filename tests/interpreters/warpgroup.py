@@ -130,6 +130,11 @@ def _(instruction: warpgroup.Lanes) -> list[np.ndarray]:
 
 
 @run.register
+def _(instruction: warpgroup.FirstWarp) -> list[np.ndarray]:
+    return [np.int32(1)]
+
+
+@run.register
 def _(instruction: warpgroup.Unpack, x: np.ndarray) -> list[np.ndarray]:
     return list(x.reshape(THREADS, VECTOR).T)
 
