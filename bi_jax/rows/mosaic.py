@@ -23,7 +23,8 @@ SMS = 132
 REGISTERS, MAX_REGISTERS = 65_536, 256
 """Of an SM, and of a thread."""
 MAX_TOGETHER = 32
-"""Segments of a row whose warpgroups wait for one another: of 255 registers a thread, 16 SMs hold as many."""
+"""Segments of a row whose warpgroups wait for one another: of 255 registers a thread, 16 SMs hold as many;
+and a warp can add up their results."""
 MAX_ROW = 2**31 - 1
 """Elements of a row, and rows: what an int32 counts."""
 MAX_COLUMNS, MIN_COLUMNS = 256, 32
