@@ -30,6 +30,8 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gemm
+	$(BIN)/python -m benchmarks.rows
+	$(BIN)/python -m benchmarks.model
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.12 not found: install it, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
