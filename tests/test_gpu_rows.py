@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import bi_jax
 import bi_torch
 from bi_bridge import to_jax
 from bi_bridge import to_torch as from_jax
@@ -270,6 +271,25 @@ def ulp_error(x, y, exact, name):
     value = torch.where(checked, value, 1.0)
     exponent = torch.frexp(value).exponent.clamp(min=-125)
     return ((torch.where(checked, y, 1.0).double() - value).abs() * torch.exp2((24 - exponent).double())).max()
+
+
+def test_long_rows_in_several_streams_at_once():
+    """Programs that wait for each other, beside those of other launches, in both frameworks."""
+    inputs = [torch.randn(rows, n, device="cuda").bfloat16() for rows, n in ((64, 151_936), (3, 20_000), (512, 16_384))]
+    layer_norm = jax.jit(lambda x: bi_jax.layer_norm(x, x.shape[1:]))
+    norms = [from_jax(layer_norm(to_jax(x)).block_until_ready()) for x in inputs]
+    expected = [bi_torch.softmax(x, -1) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        results, in_jax = [], [layer_norm(to_jax(x)) for x in inputs]
+        for x, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(bi_torch.softmax(x, -1))
+        jax.block_until_ready(in_jax)
+        torch.cuda.synchronize()
+        for actual, wanted in zip((*results, *map(from_jax, in_jax)), (*expected, *norms), strict=True):
+            assert_same(actual, wanted)
 
 
 def test_a_thread_whose_first_call_is_a_softmax():
