@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from bi_jax.rows.mosaic_columns import ColumnPass
 from bi_jax.rows.mosaic_columns import kernel as columns_kernel
-from bi_jax.rows.mosaic_kernel import COUNTERS, SEGMENT, Plan, kernel, partial_count
+from bi_jax.rows.mosaic_kernel import SEGMENT, WORDS, Plan, kernel, partial_count
 from bi_jax.rows.warpgroup import CHUNK, THREADS, VECTOR
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
@@ -198,7 +198,7 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
 
 
 def row_workspace_bytes(plan: Plan) -> int:
-    """Bytes that a row program allocates beside its outputs: the results of segments, where blocks share a row; counters."""
+    """Bytes that a row program allocates beside its outputs: the results of segments, where blocks share a row."""
     if plan.segments == 1 or not (plan.together or plan.blocks > 1):
         return 0
     results = plan.rows * plan.segments * sum(map(partial_count, plan.formulas.stages))
@@ -214,8 +214,8 @@ def _launch(plan: Plan, operands: Arrays, rows: int, n: int) -> Arrays:
     outputs = {name: (rows * n, dtype) for name, dtype in plan.out_dtypes}
     outputs |= dict.fromkeys(plan.program.row_outputs, (rows, "float32"))
     if plan.together:
-        counters: Any = jax.new_ref(jnp.zeros(row_workspace_bytes(plan) // 4, jnp.int32))
-        return _call(plan, range(last + 1), {**operands, COUNTERS: counters}, outputs)
+        words: Any = jax.new_ref(jnp.zeros(row_workspace_bytes(plan) // 4, jnp.int32))
+        return _call(plan, range(last + 1), {**operands, WORDS: words}, outputs)
     if plan.blocks == 1 or not stages:
         return _call(plan, range(last + 1), operands, outputs)
     for i, stage in enumerate(partials):

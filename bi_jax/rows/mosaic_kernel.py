@@ -61,7 +61,7 @@ from bi_jax.rows.warpgroup import (
 from shared_specs.rows import ROW_CONTRACT, RowProgram
 
 SEGMENT = ROW_CONTRACT.segment
-COUNTERS = "counters"
+WORDS = "words"
 """Zeros, int32, to be changed: the next ticket, and from the second word of 8 bytes on the results of segments."""
 
 assert ROW_CONTRACT.lanes == CHUNK, ROW_CONTRACT
@@ -303,7 +303,7 @@ class Worker:
             self.combine(phase, scope, at)
         for phase in phases:
             if phase == len(stages):
-                drawn = Draw()(self.refs[COUNTERS]) if self.plan.together else None  # this one waits no longer
+                drawn = Draw()(self.refs[WORDS]) if self.plan.together else None  # this one waits no longer
                 scope.prepare_for(self.outputs)
                 self.each_segment(scope, row, at, worker, held, lambda _, part, chunks: self._store_segment(part, row, chunks))
                 pl.when(worker == 0)(lambda: self.store_row(scope, row))
@@ -341,7 +341,7 @@ class Worker:
         def load(node: Node) -> jax.Array:
             number = results.index(node)
             if self.plan.together:
-                return Await(*self._words(number))(self.refs[COUNTERS], at, index)
+                return Await(*self._words(number))(self.refs[WORDS], at, index)
             return LoadValue("float32", Place(self.plan.segments))([*itertools.chain(*self.partials)][number], at, index)
 
         part = Scope(Level.SEGMENT, load, scope)
@@ -354,7 +354,7 @@ class Worker:
         results = self.reduce(stage, part, chunks)
         if self.plan.together:
             for number, value in enumerate(results, self._first_result(phase)):
-                Post(*self._words(number))(self.refs[COUNTERS], at, index, value)
+                Post(*self._words(number))(self.refs[WORDS], at, index, value)
             return
         place = Place(self.plan.segments, end=self.plan.segments)
         for ref, value in zip(self.partials[phase], results, strict=True):
@@ -365,7 +365,7 @@ class Worker:
         return sum(map(partial_count, self.formulas.stages[:phase]))
 
     def _words(self, number: int) -> tuple[Place, int]:
-        """Where in `COUNTERS` a result of each segment is."""
+        """Where in `WORDS` a result of each segment is."""
         plan = self.plan
         return Place(plan.segments, end=plan.segments), 1 + number * plan.rows * plan.segments
 
@@ -408,7 +408,7 @@ class Worker:
         own, columns = Scope(Level.ELEMENT, scope.load, scope, THREADS), Lanes(lanes)()
         own.values[self.formulas.column] = columns
         for number, part in enumerate(stage.combinations[-1].parts, self._first_result(phase)):
-            own.values[part] = Await(*self._words(number))(self.refs[COUNTERS], at, columns)
+            own.values[part] = Await(*self._words(number))(self.refs[WORDS], at, columns)
         for combination in stage.combinations:
             root = self.formulas.masked(combination.value, count, FILL[combination.kind])
             scope.values[combination.result] = over_threads(combination.kind, own.get([root])[0], lanes)
@@ -506,7 +506,7 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
     Args:
         plan: of the program.
         phases: the reductions by number, and the outputs as the last; all of them in one kernel unless blocks share a row.
-        inputs: names of the inputs, flat arrays; of blocks that run together, with `COUNTERS`.
+        inputs: names of the inputs, flat arrays; of blocks that run together, with `WORDS`.
         outputs: elements and dtype of each output by name; those of partial results are called "0.0", "0.1", ....
     """
     stages = plan.formulas.stages
@@ -537,7 +537,7 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
             return Take()(worker.ticket)
 
         if plan.together:  # a warpgroup must not end while tickets are left: others may wait for who takes them
-            Leave()(worker.ticket, Draw()(refs[COUNTERS]))
+            Leave()(worker.ticket, Draw()(refs[WORDS]))
             lax.while_loop(lambda index: index < plan.rows * plan.segments, segment, Take()(worker.ticket))
             return
 

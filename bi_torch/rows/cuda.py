@@ -1,6 +1,6 @@
 """Launches the Triton kernels of row and column programs: which kernels, which tiles, which grid.
 
-Everything that depends on shapes, strides and dtypes alone is decided once and kept as a `_Plan`, so that a call costs a
+Everything that depends on shapes, strides and dtypes alone is decided once and kept as a `Plan`, so that a call costs a
 dictionary look-up and its launches.
 """
 

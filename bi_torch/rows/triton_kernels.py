@@ -446,14 +446,14 @@ def rows_resident(
 
 
 @triton.jit
-def _finished(KIND: tl.constexpr, partials, row, count, COUNT: tl.constexpr, CACHE: tl.constexpr):
+def _finished(KIND: tl.constexpr, partials, row, count, COUNT: tl.constexpr):
     """A row's result from those of its `count` segments in memory; COUNT is a power of two that holds them."""
     index = tl.arange(0, COUNT)[None, None, :]
     results = ()
     for i in tl.static_range(len(partials)):
         fill = 0.0 if i == 1 else _fill(KIND)
         pointers = partials[i] + _per_row(row) * count + index
-        results = results + (tl.load(pointers, mask=index < count, other=fill, cache_modifier=CACHE),)
+        results = results + (tl.load(pointers, mask=index < count, other=fill),)
     return _row_result(KIND, results)
 
 
@@ -486,7 +486,7 @@ def rows_staged(
     for stage in tl.static_range(FIRST, LAST):
         reduced = ()
         for i in tl.static_range(stage):
-            reduced = reduced + (_finished(kind_of(FORMULAS, i), finished[i], source, count, COUNT, ""),)
+            reduced = reduced + (_finished(kind_of(FORMULAS, i), finished[i], source, count, COUNT),)
         for index in range(first, end):
             # Every second stage goes backwards: what was read last is still in the L2 cache, if outputs do not take its place.
             step = first + end - 1 - index if stage % 2 else index
