@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bi_jax.rows import mosaic, mosaic_kernel
+from bi_jax.rows import mosaic, mosaic_kernel, warpgroup
 from shared_specs import scalar, sum_exp
 from shared_specs.formats import float_format
 from shared_specs.inputs import KINDS
@@ -83,8 +83,8 @@ def test_waiting_is_ordered():
     """The instructions by which blocks that run at the same time hand on their results."""
     text = lowered(softmax.SOFTMAX, 64, 151_936, "bfloat16")
     assert "atom.relaxed.gpu.global.inc.u32" in text
-    assert text.index("st.relaxed.gpu.global.b64") < text.index("ld.relaxed.gpu.global.b64")
-    assert accesses(text) == {"ld.global.nc.v4.b32", "st.global.v4.b32"}
+    assert text.index("atom.relaxed.gpu.global.exch.b64") < text.index("ld.relaxed.gpu.global.b64")
+    assert accesses(text) == {f"{access}{warpgroup.ONCE}.v4.b32" for access in ("ld.global.nc", "st.global")}
     assert "output_operand_aliases" in text
 
 
@@ -213,7 +213,7 @@ def test_workspace():
         plan = mosaic.row_plan(program, rows, n, dtypes, dict.fromkeys(program.outputs, "bfloat16"), schedule)
         return mosaic.row_workspace_bytes(plan)
 
-    assert needed(softmax.SOFTMAX, 4096, 16_384) == 0
+    assert needed(softmax.SOFTMAX, 4096, 8192) == needed(reduce.SUM, 4096, 16_384) == 0
     assert needed(softmax.SOFTMAX, 3, 151_936) == 8 * (3 * 19 * 2 + 1)
     assert needed(norm.layer_norm(True, True), 3, 16_384, BLOCKS_SHARE_ROWS) == 4 * 3 * 2 * 2
     passes = mosaic.column_passes(norm.COLUMN_SUM, 16_384, 4096, {"x": "bfloat16"}, {"y": "bfloat16"})
@@ -242,19 +242,6 @@ def lowered(program, rows, n, dtype):
     return run.trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_later_segments_are_fetched_ahead():
-    """Into the L2 cache, where there are later ones, they are read once, and a copy of 16 bytes at a time can reach them."""
-
-    def ahead(program, rows, n):
-        return "cp.async.bulk.prefetch.L2.global" in lowered(program, rows, n, "bfloat16")
-
-    assert ahead(norm.layer_norm(True, True), 2048, 151_936)
-    assert ahead(norm.fused_add_rms_norm(True, "bfloat16"), 4096, 16_384)
-    assert not ahead(softmax.SOFTMAX, 4096, 16_384 - 4)
-    assert not ahead(softmax.SOFTMAX, 16, 151_936)
-    assert not ahead(softmax.SOFTMAX, 16_384, 4096)
-
-
 @pytest.mark.parametrize("program", [*ROW_PROGRAMS, *COLUMN_PROGRAMS], **by_name)
 def test_every_operation_is_rounded_once(program):
     text = lowered(program, 64, 128, "bfloat16")
@@ -273,13 +260,15 @@ def test_every_operation_is_rounded_once(program):
 
 
 def accesses(text):
-    return set(re.findall(r"(?:ld|st)\.global[a-z0-9.]*", text))
+    return set(re.findall(r"(?:ld|st)\.global[\w:.]*", text))
 
 
 def test_memory_is_read_and_written_sixteen_bytes_at_a_time():
     wide = {"ld.global.nc.v4.b32", "st.global.v4.b32"}
+    # Columns are needed again, by other rows.
+    assert accesses(lowered(norm.layer_norm(True, True), 2048, 147_456, "bfloat16")) > {"ld.global.nc.v4.b32"}
     for program, n in itertools.product((softmax.SOFTMAX, pointwise.SILU), (128, 4096, 14_336)):
-        assert accesses(lowered(program, 256, n, "bfloat16")) == wide
+        assert accesses(lowered(program, 256, n, "bfloat16").replace(warpgroup.ONCE, "")) == wide
     assert accesses(lowered(norm.COLUMN_SUM, 16_384, 4096, "bfloat16")) == wide
     assert accesses(lowered(softmax.SOFTMAX, 256, 4098, "bfloat16")) == {"ld.global.nc.b32", "st.global.b32"}
     assert accesses(lowered(softmax.SOFTMAX, 256, 4097, "bfloat16")) == {"ld.global.nc.b16", "st.global.b16"}

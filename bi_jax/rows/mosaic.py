@@ -149,11 +149,10 @@ def row_plan(
             raise ValueError(f"a row of {n} elements needs blocks_per_row > 1")
     together = schedule.cooperative and segments > 1
     static = program, rows, n, count, tail, *named, lanes, groups, warpgroups, row_warpgroups, blocks, together
-    plan = Plan(*static, held=False, keeps=False, grid=1, ahead=0)
-    resident = SMS * max(1, 4 // warpgroups)
-    most = resident if together else SMS * max(1, 16 // warpgroups)
+    plan = Plan(*static, held=False, keeps=False, grid=1)
+    most = SMS * max(1, (4 if together else 16) // warpgroups)
     grid = max(1, min(plan.block_groups, most) if schedule.persistent or together else plan.block_groups)
-    return dataclasses.replace(plan, grid=grid, ahead=resident * warpgroups, **_what_stays_in_registers(plan))
+    return dataclasses.replace(plan, grid=grid, **_what_stays_in_registers(plan))
 
 
 def _what_stays_in_registers(plan: Plan) -> dict[str, bool]:
@@ -172,9 +171,9 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
     """A schedule that keeps enough loads under way: some 32 KiB an SM.
 
     Rows of one segment: a warpgroup a block, with as many rows as make four chunks. Longer rows: blocks of four warpgroups,
-    which bounds the registers of a thread. Up to four segments stay within a block; where they are more and are needed again
-    after a reduction, or where rows are few, warpgroups wait for one another, each on its own, so that some compute while
-    others load. Where nothing but outputs is to be computed, segments are as good as rows.
+    which bounds the registers of a thread. Where elements are needed again after a reduction, or rows are few, or there is much
+    to compute, warpgroups wait for one another, each on its own, so that some compute while others load. Where nothing but
+    outputs is to be computed, segments are as good as rows.
     """
     segments = ROW_CONTRACT.segments(n)
     if segments == 1:
@@ -186,8 +185,9 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
     warpgroups = min(4, 1 << (segments - 1).bit_length())
     if not program.reductions:
         return RowSchedule(warps=4, blocks_per_row=segments)
-    read_again = bool(program.outputs) or len(program.reductions) > 1
-    if segments <= MAX_TOGETHER and (rows < SMS or (segments > warpgroups and read_again)):
+    needed_again = bool(program.outputs) or len(program.reductions) > 1
+    much = segments <= warpgroups and program.reductions[0].kind == "sum_exp"
+    if segments <= MAX_TOGETHER and (rows < SMS or needed_again or much):
         if rows * segments <= 4 * SMS:
             return RowSchedule(warps=4, cooperative=True)
         return RowSchedule(warps=16, cooperative=True)

@@ -34,7 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bi_jax.rows.formulas import FILL, Combination, Formulas, Stage, Step, fold, row_formulas
 from bi_jax.rows.ptx import Level, Node
-from bi_jax.rows.values import Chunk, Scope, dtype_of, over_threads, tree
+from bi_jax.rows.values import WARP, Chunk, Scope, dtype_of, over_threads, tree
 from bi_jax.rows.warpgroup import (
     ACCESS,
     CHUNK,
@@ -45,17 +45,15 @@ from bi_jax.rows.warpgroup import (
     Draw,
     FirstWarp,
     Lanes,
-    Leave,
     Load,
     LoadValue,
     Place,
     Post,
-    Prefetch,
     Ref,
+    Share,
     Store,
     StoreValue,
     Sync,
-    Take,
     width,
 )
 from shared_specs.rows import ROW_CONTRACT, RowProgram
@@ -86,8 +84,6 @@ class Plan:
         held: a warpgroup keeps its elements in registers from the first reduction to the outputs.
         keeps: it keeps what is computed from them, too, where that is worth it.
         grid: blocks, each of which walks over row groups.
-        ahead: warpgroups that are at work at a time, about. One that starts on a held segment of several has the L2 cache
-            fetch the segment that comes so many later, so that memory is not idle while it computes and waits.
     """
 
     program: RowProgram
@@ -106,7 +102,6 @@ class Plan:
     held: bool
     keeps: bool
     grid: int
-    ahead: int
 
     @property
     def segments(self) -> int:
@@ -165,6 +160,7 @@ class Worker:
         scratch: shared memory of this warpgroup, a value for each thread.
         totals: shared memory of this warpgroup for the sums over many segments.
         ticket: shared memory of this warpgroup for its next ticket.
+        results: shared memory of this warpgroup for the results of a row.
     """
 
     plan: Plan
@@ -174,6 +170,7 @@ class Worker:
     scratch: Ref
     totals: Ref | None
     ticket: Ref | None
+    results: Ref | None
 
     def __post_init__(self) -> None:
         self.formulas: Formulas = self.plan.formulas
@@ -218,8 +215,8 @@ class Worker:
             if node is self.formulas.column:
                 return Columns(plan.lanes, plan.run)(column)
             dtype, own = self.dtypes[name], name in plan.program.elements
-            place = plan.place(plan.n, end, own)
-            return Load(dtype, place, plan.width(dtype, end))(self.refs[name], row if own else 0, column)
+            load = Load(dtype, plan.place(plan.n, end, own), plan.width(dtype, end), own and plan.together and plan.held)
+            return load(self.refs[name], row if own else 0, column)
 
         return Chunk(load, outer, column, end)
 
@@ -258,15 +255,6 @@ class Worker:
 
     # What is done with rows of several segments
 
-    def prefetch(self, row: Any, index: Any) -> None:
-        """Have the L2 cache fetch a segment, if there is one."""
-        plan = self.plan
-        if not plan.held or plan.ahead >= plan.rows * plan.segments:
-            return
-        for name in plan.program.elements:
-            if plan.n * jnp.dtype(self.dtypes[name]).itemsize % ACCESS == 0:
-                Prefetch(Place(plan.n, rows=plan.rows, end=plan.n), SEGMENT)(self.refs[name], row, index * SEGMENT)
-
     def long_row(self, call: Scope, row: Any, at: Any, worker: Any, phases: range, meet: Callable[[int], None]) -> None:
         """The phases of a row: its reductions, then the outputs. Warpgroups `meet` between them.
 
@@ -303,12 +291,9 @@ class Worker:
             self.combine(phase, scope, at)
         for phase in phases:
             if phase == len(stages):
-                drawn = Draw()(self.refs[WORDS]) if self.plan.together else None  # this one waits no longer
                 scope.prepare_for(self.outputs)
                 self.each_segment(scope, row, at, worker, held, lambda _, part, chunks: self._store_segment(part, row, chunks))
                 pl.when(worker == 0)(lambda: self.store_row(scope, row))
-                if drawn is not None:
-                    Leave()(self.ticket, drawn)
             else:
                 scope.prepare_for([stages[phase].steps[0].value])
                 self.each_segment(scope, row, at, worker, held, functools.partial(self._partial, phase, at))
@@ -341,7 +326,7 @@ class Worker:
         def load(node: Node) -> jax.Array:
             number = results.index(node)
             if self.plan.together:
-                return Await(*self._words(number))(self.refs[WORDS], at, index)
+                return Await(self._words, (self._word(number),))(self.refs[WORDS], at, index)[0]
             return LoadValue("float32", Place(self.plan.segments))([*itertools.chain(*self.partials)][number], at, index)
 
         part = Scope(Level.SEGMENT, load, scope)
@@ -354,7 +339,7 @@ class Worker:
         results = self.reduce(stage, part, chunks)
         if self.plan.together:
             for number, value in enumerate(results, self._first_result(phase)):
-                Post(*self._words(number))(self.refs[WORDS], at, index, value)
+                Post(self._words, self._word(number))(self.refs[WORDS], at, index, value)
             return
         place = Place(self.plan.segments, end=self.plan.segments)
         for ref, value in zip(self.partials[phase], results, strict=True):
@@ -364,10 +349,14 @@ class Worker:
         """The number of a stage's first result among those of a segment."""
         return sum(map(partial_count, self.formulas.stages[:phase]))
 
-    def _words(self, number: int) -> tuple[Place, int]:
-        """Where in `WORDS` a result of each segment is."""
-        plan = self.plan
-        return Place(plan.segments, end=plan.segments), 1 + number * plan.rows * plan.segments
+    @property
+    def _words(self) -> Place:
+        """Of results of segments in `WORDS`."""
+        return Place(self.plan.segments, end=self.plan.segments)
+
+    def _word(self, number: int) -> int:
+        """Where in `WORDS` a result of each segment begins."""
+        return 1 + number * self.plan.rows * self.plan.segments
 
     def _store_segment(self, part: Scope, row: Any, chunks: list[Chunk]) -> None:
         self.fetch([chunks], self.outputs)
@@ -402,16 +391,20 @@ class Worker:
         return tree(step.kind, accumulator, lanes, self.scratch, self.plan.run)
 
     def gather(self, phase: int, scope: Scope, at: Any) -> None:
-        """The row's results from row `at` of those that its segments post, one a thread, which are waited for."""
+        """The row's results from row `at` of those that its segments post: one warp waits for them, one a thread."""
         stage, count = self.formulas.stages[phase], self.plan.segments
         lanes = ROW_CONTRACT.lanes_for(count)
-        own, columns = Scope(Level.ELEMENT, scope.load, scope, THREADS), Lanes(lanes)()
+        row = Scope(scope.level, scope.load, scope)  # what other warps compute is void
+        own, columns = Scope(Level.ELEMENT, scope.load, row, THREADS), Lanes(lanes)()
         own.values[self.formulas.column] = columns
-        for number, part in enumerate(stage.combinations[-1].parts, self._first_result(phase)):
-            own.values[part] = Await(*self._words(number))(self.refs[WORDS], at, columns)
+        first, parts = self._first_result(phase), stage.combinations[-1].parts
+        awaited = Await(self._words, tuple(self._word(first + i) for i in range(len(parts))), WARP)
+        own.values |= zip(parts, awaited(self.refs[WORDS], at, columns), strict=True)
         for combination in stage.combinations:
             root = self.formulas.masked(combination.value, count, FILL[combination.kind])
-            scope.values[combination.result] = over_threads(combination.kind, own.get([root])[0], lanes)
+            row.values[combination.result] = over_threads(combination.kind, own.get([root])[0], lanes)
+        results = [combination.result for combination in stage.combinations]
+        scope.values |= zip(results, Share()(self.results, *(row.values[x] for x in results)), strict=True)
 
     def combine(self, phase: int, scope: Scope, at: Any) -> None:
         """The row's results from row `at` of those of its segments."""
@@ -470,7 +463,7 @@ class Worker:
         for chunk in chunks:
             values = chunk.get(self.outputs, dtypes)
             for name, dtype, value in zip(names, dtypes, values, strict=True):
-                store = Store(dtype, plan.place(plan.n, chunk.end), plan.width(dtype, chunk.end))
+                store = Store(dtype, plan.place(plan.n, chunk.end), plan.width(dtype, chunk.end), plan.together)
                 store(self.out_refs[name], row, chunk.column, value)
 
     def store_row(self, scope: Scope, row: Any) -> None:
@@ -517,6 +510,7 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
         scratch["totals"] = plgpu.SMEM((plan.warpgroups, CHUNK), jnp.float32)
     if plan.together:
         scratch["ticket"] = plgpu.SMEM((plan.warpgroups, 1), jnp.int32)
+        scratch["results"] = plgpu.SMEM((plan.warpgroups, max(len(stage.combinations) for stage in stages)), jnp.float32)
     if shared:
         shape = plan.block_rows, plan.segments
         scratch |= {name: plgpu.SMEM(shape, jnp.float32) for stage in names for name in stage}
@@ -526,19 +520,17 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
         refs, out_refs = dict(zip(inputs, args, strict=False)), dict(zip(outputs, args[len(inputs) :], strict=True))
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         partials = [[(refs | out_refs | scratch).get(name) for name in stage] for stage in names]
-        own = [scratch[name].at[warpgroup] if name in scratch else None for name in ("scratch", "totals", "ticket")]
+        own = [scratch[name].at[warpgroup] if name in scratch else None for name in ("scratch", "totals", "ticket", "results")]
         worker = Worker(plan, refs, out_refs, partials, *own)
         call = worker.call()
 
         def segment(index: Any) -> Any:
-            worker.prefetch(*_divmod(index + plan.ahead, plan.segments))
             row, part = _divmod(index, plan.segments)
             worker.long_row(call, row, row, part, phases, lambda _: None)
-            return Take()(worker.ticket)
+            return Draw()(worker.ticket, refs[WORDS])
 
         if plan.together:  # a warpgroup must not end while tickets are left: others may wait for who takes them
-            Leave()(worker.ticket, Draw()(refs[WORDS]))
-            lax.while_loop(lambda index: index < plan.rows * plan.segments, segment, Take()(worker.ticket))
+            lax.while_loop(lambda index: index < plan.rows * plan.segments, segment, Draw()(worker.ticket, refs[WORDS]))
             return
 
         def group(i: Any) -> None:
@@ -549,8 +541,6 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
             slot, member = _divmod(warpgroup, plan.row_warpgroups)
             index, part = _divmod(index, plan.blocks)
             row = index * plan.block_rows + slot
-            if plan.blocks == 1:
-                worker.prefetch(row + plan.ahead // plan.row_warpgroups, member)
 
             def meet(_: int) -> None:
                 plgpu.barrier_arrive(scratch["meeting"].at[slot])

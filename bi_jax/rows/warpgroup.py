@@ -105,11 +105,15 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Load(Instruction):
-    """(ref, row, column): a chunk, `width` elements at a time; zeros where the array has none."""
+    """(ref, row, column): a chunk, `width` elements at a time; zeros where the array has none.
+
+    `once`: nothing reads it again, so that caches may drop it first.
+    """
 
     dtype: str
     place: Place
     width: int
+    once: bool = False
 
     references = 1
 
@@ -123,7 +127,8 @@ class Load(Instruction):
         for first in range(0, VECTOR, self.width):
             at = arith.addi(column, _i32(self.place.lane(first)))
             address = _address(ref, self.place.offset(row, at))
-            words += _load(address, self.place.inside(row, at), self.width * utils.bytewidth(element), _space(ref))
+            size = self.width * utils.bytewidth(element)
+            words += _load(address, self.place.inside(row, at), size, _space(ref), self.once)
         return _fragments(_bitcast_words(words, element), self.dtype)
 
 
@@ -134,6 +139,7 @@ class Store(Instruction):
     dtype: str
     place: Place
     width: int
+    once: bool = False
 
     references = 1
 
@@ -150,7 +156,7 @@ class Store(Instruction):
             at = arith.addi(column, _i32(self.place.lane(first)))
             address = _address(ref, self.place.offset(row, at))
             count = size // (word.width // 8)
-            _store(address, self.place.inside(row, at), words[:count], _space(ref))
+            _store(address, self.place.inside(row, at), words[:count], _space(ref), self.once)
             words = words[count:]
         return ()
 
@@ -204,31 +210,6 @@ class StoreValue(Instruction):
         inside = _all(first, self.place.inside(row, column))
         words = _bitcast_vector(value.registers.flat[0], ir.IntegerType.get_signless(32))
         _store(_address(ref, self.place.offset(row, column)), inside, words, _space(ref))
-        return ()
-
-
-@dataclass(frozen=True)
-class Prefetch(Instruction):
-    """(ref, row, column): the next `count` elements of a row will be wanted in the L2 cache. A hint: none need be there.
-
-    Rows begin, and are cut, at multiples of 16 bytes.
-    """
-
-    place: Place
-    count: int
-
-    references = 1
-
-    def result(self, ref, row, column):
-        return ()
-
-    def emit(self, context, ref, row, column):
-        row, column = _scalar(row), _scalar(column)
-        left = arith.minui(arith.subi(_i32(self.place.stride), column), _i32(self.count))
-        size = arith.muli(left, _i32(utils.bytewidth(ir.MemRefType(ref.type).element_type)))
-        inside = _all(_compare("eq", _thread(), _i32(0)), self.place.inside(row, column))
-        text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$0], $1; }"
-        _assembly(text, "l,r,r", [], [_address(ref, self.place.offset(row, column)), size, arith.extui(_i32_type(), inside)])
         return ()
 
 
@@ -370,58 +351,53 @@ class Sync(Instruction):
 
 @dataclass(frozen=True)
 class Draw(Instruction):
-    """(counter): what a counter in global memory was, before one was added, to the first thread.
+    """(shared, counter): what a counter in global memory was, before one was added, the same for all threads.
 
-    An increment with a limit, as ptxas would have a warp's additions wait for their result at once.
+    They must meet once more before the next one is drawn. An increment with a limit, as ptxas would have a warp add up what its
+    threads add.
     """
 
-    references = 1
+    references = 2
 
-    def result(self, counter):
-        return _array((THREADS,), "int32")
-
-    def emit(self, context, counter):
-        text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p atom.relaxed.gpu.global.inc.u32 $0, [$1], 0x7FFFFFFF; }"
-        first = arith.extui(_i32_type(), _compare("eq", _thread(), _i32(0)))
-        (ticket,) = _assembly(text, "=&r,l,r", [_i32_type()], [_address(counter, _i32(0)), first], side_effects=True)
-        return _fragments(_vector([ticket]), "int32")
-
-
-@dataclass(frozen=True)
-class Leave(Instruction):
-    """(shared, x): the first thread's x goes to shared memory, for `Take`."""
-
-    references = 1
-
-    def result(self, shared, x):
-        return ()
-
-    def emit(self, context, shared, x):
-        words = _bitcast_vector(x.registers.flat[0], _i32_type())
-        _store(_address(shared, _i32(0)), _compare("eq", _thread(), _i32(0)), words, _space(shared))
-        return ()
-
-
-@dataclass(frozen=True)
-class Take(Instruction):
-    """(shared): what was left there, the same for all threads. They must meet once more before there is something new."""
-
-    references = 1
-
-    def result(self, shared):
+    def result(self, shared, counter):
         return _array((), "int32")
 
-    def emit(self, context, shared):
+    def emit(self, context, shared, counter):
+        text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p atom.relaxed.gpu.global.inc.u32 $0, [$1], 0x7FFFFFFF; }"
+        first = _compare("eq", _thread(), _i32(0))
+        operands = [_address(counter, _i32(0)), arith.extui(_i32_type(), first)]
+        words = _assembly(text, "=&r,l,r", [_i32_type()], operands, side_effects=True)
+        _store(_address(shared, _i32(0)), first, words, _space(shared))
         utils.warpgroup_barrier()
         value = llvm.load(_i32_type(), utils.memref_ptr(shared))
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
 
 @dataclass(frozen=True)
+class Share(Instruction):
+    """(shared, *values): the first thread's values, for all threads, which must meet once more before the next are shared."""
+
+    references = 1
+
+    def result(self, shared, *values):
+        return [_array((THREADS,), "float32") for _ in values]
+
+    def emit(self, context, shared, *values):
+        first = _compare("eq", _thread(), _i32(0))
+        for i, value in enumerate(values):
+            _store(_address(shared, _i32(i)), first, _bitcast_vector(value.registers.flat[0], _i32_type()), _space(shared))
+        utils.warpgroup_barrier()
+        element, base = ir.F32Type.get(), utils.memref_ptr(shared)
+        read = [llvm.load(element, utils.getelementptr(base, [_i32(i)], element)) for i in range(len(values))]
+        return [_fragments(_vector([x]), "float32") for x in read]
+
+
+@dataclass(frozen=True)
 class Post(Instruction):
     """(words, row, column, value): the first thread leaves its value in a word of 8 bytes, beside a mark, for `Await` to see.
 
-    A word is written and read as a whole, and nothing else is handed on, so no fence is needed.
+    A word is written and read as a whole, and nothing else is handed on, so no fence is needed. It is an exchange since a store
+    would take its place behind the stores of outputs, for which memory takes its time.
 
     Attributes:
         place: of the words in an array with a row for every row.
@@ -437,7 +413,13 @@ class Post(Instruction):
         return ()
 
     def emit(self, context, words, row, column, value):
-        text = "{ .reg .pred p; .reg .b64 w; setp.ne.b32 p, $2, 0; mov.b64 w, {$1, $2}; @p st.relaxed.gpu.global.b64 [$0], w; }"
+        text = """{
+            .reg .pred p;
+            .reg .b64 word;
+            setp.ne.b32 p, $2, 0;
+            mov.b64 word, {$1, $2};
+            @p atom.relaxed.gpu.global.exch.b64 word, [$0], word;
+        }"""
         address = _word(words, self.start, self.place.offset(_scalar(row), _scalar(column)))
         (bits,) = _bitcast_vector(value.registers.flat[0], _i32_type())
         first = arith.extui(_i32_type(), _compare("eq", _thread(), _i32(0)))
@@ -447,40 +429,53 @@ class Post(Instruction):
 
 @dataclass(frozen=True)
 class Await(Instruction):
-    """(words, row, columns): what `Post` with the same fields leaves, for each thread's column; 0 where the array has none.
+    """(words, row, columns): what `Post` leaves, for each thread's column; 0 where the array has none.
 
-    Waits for it. Zeros say that it is not there yet.
+    Waits for it. Zeros say that it is not there yet. The results of several arrays are waited for together.
+
+    Attributes:
+        place: of the words in an array with a row for every row.
+        starts: words before each array.
+        threads: those that take part; the others get zeros.
     """
 
     place: Place
-    start: int
+    starts: tuple[int, ...]
+    threads: int = THREADS
 
     references = 1
 
     def result(self, words, row, columns):
-        return _array((THREADS,), "float32")
+        return [_array((THREADS,), "float32") for _ in self.starts]
 
     def emit(self, context, words, row, columns):
-        text = """{
-            .reg .pred p;
-            .reg .b64 word;
-            .reg .b32 mark;
-            mov.b32 $0, 0;
-            setp.eq.b32 p, $2, 0;
-            @p bra DONE;
-            AGAIN:
-            ld.relaxed.gpu.global.b64 word, [$1];
-            mov.b64 {$0, mark}, word;
-            setp.eq.b32 p, mark, 0;
-            @p bra AGAIN;
-            DONE:
-        }"""
-        row, column = _scalar(row), columns.registers.flat[0]
-        column = _extract(column, 0) if isinstance(column.type, ir.VectorType) else column
-        inside = arith.extui(_i32_type(), self.place.inside(row, column))
-        address = _word(words, self.start, self.place.offset(row, column))
-        (bits,) = _assembly(text, "=&r,l,r", [_i32_type()], [address, inside], side_effects=True)
-        return _fragments(_vector([llvm.bitcast(ir.F32Type.get(), bits)]), "float32")
+        values, n = range(len(self.starts)), len(self.starts)
+        text = "\n".join(
+            [
+                "{ .reg .pred p; .reg .b64 word; .reg .b32 mark, marks;",
+                *(f"mov.b32 ${i}, 0;" for i in values),
+                f"setp.eq.b32 p, ${2 * n}, 0;",
+                "@p bra DONE;",
+                "AGAIN:",
+                "mov.b32 marks, 1;",
+                *(
+                    f"ld.relaxed.gpu.global.b64 word, [${n + i}]; mov.b64 {{${i}, mark}}, word; and.b32 marks, marks, mark;"
+                    for i in values
+                ),
+                "setp.eq.b32 p, marks, 0;",
+                "@p bra AGAIN;",
+                "DONE: }",
+            ]
+        )
+        row, column = _scalar(row), _first_register(columns)
+        inside = self.place.inside(row, column)
+        if self.threads < THREADS:
+            inside = _all(inside, _compare("ult", _thread(), _i32(self.threads)))
+        offset = self.place.offset(row, column)
+        operands = [*(_word(words, start, offset) for start in self.starts), arith.extui(_i32_type(), inside)]
+        constraints = ",".join(["=&r"] * n + ["l"] * n + ["r"])
+        bits = _assembly(text, constraints, [_i32_type()] * n, operands, side_effects=True)
+        return [_fragments(_vector([llvm.bitcast(ir.F32Type.get(), x)]), "float32") for x in bits]
 
 
 @dataclass(frozen=True)
@@ -562,6 +557,12 @@ def _scalar(x: mgpu.FragmentedArray) -> ir.Value:
     return x.registers.item()
 
 
+def _first_register(x: mgpu.FragmentedArray) -> ir.Value:
+    """A scalar, or what a thread has of an array with a value a thread."""
+    register = x.registers.flat[0]
+    return _extract(register, 0) if isinstance(register.type, ir.VectorType) else register
+
+
 def _elements(x: mgpu.FragmentedArray) -> list[ir.Value]:
     """The elements of this thread; 16-bit floats widened."""
     (register,) = x.registers.flat
@@ -638,7 +639,11 @@ def _word(words: ir.Value, start: int, offset: ir.Value) -> ir.Value:
     return _address(words, arith.muli(arith.addi(offset, utils.c(start, i64)), utils.c(2, i64)))
 
 
-def _load(address: ir.Value, inside: ir.Value | None, size: int, space: str) -> list[ir.Value]:
+ONCE = ".L1::evict_first.L2::cache_hint"
+POLICY = "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+
+
+def _load(address: ir.Value, inside: ir.Value | None, size: int, space: str, once: bool = False) -> list[ir.Value]:
     """`size` bytes as integers of up to 4 bytes, or zeros."""
     bits = 8 * min(size, 4)
     count = max(size // 4, 1)
@@ -646,26 +651,29 @@ def _load(address: ir.Value, inside: ir.Value | None, size: int, space: str) -> 
     vector, listed = (f".v{count}", f"{{{', '.join(outputs)}}}") if count > 1 else ("", outputs[0])
     kind = {"global": "global.nc", "shared": "shared"}[space]
     zeros = " ".join(f"mov.b{bits} {x}, 0;" for x in outputs)
-    load = f"ld.{kind}{vector}.b{bits} {listed}, [${count}];"
+    load = f"ld.{kind}{ONCE * once}{vector}.b{bits} {listed}, [${count}]{', policy' * once};"
+    policy = f".reg .b64 policy; {POLICY}" if once else ""
     register, pointer = "h" if bits == 16 else "r", "r" if space == "shared" else "l"
     types = [ir.IntegerType.get_signless(bits)] * count
     if inside is None:
-        return _assembly(load, ",".join([f"={register}"] * count + [pointer]), types, [address], side_effects=True)
-    text = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {zeros} @p {load} }}"
+        constraints = ",".join([f"={register}"] * count + [pointer])
+        return _assembly(f"{{ {policy} {load} }}", constraints, types, [address], side_effects=True)
+    text = f"{{ .reg .pred p; {policy} setp.ne.b32 p, ${count + 1}, 0; {zeros} @p {load} }}"
     constraints = ",".join([f"=&{register}"] * count + [pointer, "r"])
     return _assembly(text, constraints, types, [address, arith.extui(_i32_type(), inside)], side_effects=True)
 
 
-def _store(address: ir.Value, inside: ir.Value | None, words: list[ir.Value], space: str) -> None:
+def _store(address: ir.Value, inside: ir.Value | None, words: list[ir.Value], space: str, once: bool = False) -> None:
     bits, count = words[0].type.width, len(words)
     inputs = [f"${i + 1}" for i in range(count)]
     vector, listed = (f".v{count}", f"{{{', '.join(inputs)}}}") if count > 1 else ("", inputs[0])
-    store = f"st.{space}{vector}.b{bits} [$0], {listed};"
+    store = f"st.{space}{ONCE * once}{vector}.b{bits} [$0], {listed}{', policy' * once};"
+    policy = f".reg .b64 policy; {POLICY}" if once else ""
     operands = ["r" if space == "shared" else "l", *["h" if bits == 16 else "r"] * count]
     if inside is None:
-        _assembly(store, ",".join(operands), [], [address, *words], side_effects=True)
+        _assembly(f"{{ {policy} {store} }}", ",".join(operands), [], [address, *words], side_effects=True)
         return
-    text = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; @p {store} }}"
+    text = f"{{ .reg .pred p; {policy} setp.ne.b32 p, ${count + 1}, 0; @p {store} }}"
     predicate = arith.extui(_i32_type(), inside)
     _assembly(text, ",".join([*operands, "r"]), [], [address, *words, predicate], side_effects=True)
 

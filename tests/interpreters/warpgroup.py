@@ -103,16 +103,6 @@ def _(
 
 
 @run.register
-def _(instruction: warpgroup.Prefetch, memory: Memory, row: np.ndarray, column: np.ndarray) -> list[np.ndarray]:
-    content, place = memory.read(), instruction.place
-    if _inside(place, row, column).all():
-        first, count = int(row) * place.stride + int(column), min(instruction.count, place.stride - int(column))
-        assert first + count <= content.size
-        assert first * content.itemsize % warpgroup.ACCESS == count * content.itemsize % warpgroup.ACCESS == 0
-    return []
-
-
-@run.register
 def _(instruction: warpgroup.Columns, column: np.ndarray) -> list[np.ndarray]:
     place = Place(0, instruction.lanes, run=instruction.run)
     _, first = _places(place, np.int32(0), column)
@@ -165,24 +155,20 @@ def _(instruction: warpgroup.Sync) -> list[np.ndarray]:
 
 
 @run.register
-def _(instruction: warpgroup.Draw, counter: Memory) -> list[np.ndarray]:
-    return [np.where(FIRST == 0, counter.add_one(np.intp(0)), 0).astype(np.int32)]
-
-
-@run.register
-def _(instruction: warpgroup.Leave, shared: Memory, x: np.ndarray) -> list[np.ndarray]:
-    shared.write(np.intp(0), x[0])
-    return []
-
-
-@run.register
-def _(instruction: warpgroup.Take, shared: Memory) -> list[np.ndarray]:
+def _(instruction: warpgroup.Draw, shared: Memory, counter: Memory) -> list[np.ndarray]:
+    shared.write(np.intp(0), counter.add_one(np.intp(0)))
     return [shared.read()[0]]
 
 
 @run.register
+def _(instruction: warpgroup.Share, shared: Memory, *values: np.ndarray) -> list[np.ndarray]:
+    shared.write(np.arange(len(values)), np.stack([x[0] for x in values]))
+    return [np.full(THREADS, x) for x in shared.read()[: len(values)]]
+
+
+@run.register
 def _(instruction: warpgroup.Post, words: Memory, row: np.ndarray, column: np.ndarray, value: np.ndarray) -> list[np.ndarray]:
-    at = 2 * _word(instruction, row, column)
+    at = 2 * _word(instruction.place, instruction.start, row, column)
     words.write(np.stack([at, at + 1]), np.array([value[:1].view(np.int32)[0], 1], np.int32))
     return []
 
@@ -190,15 +176,18 @@ def _(instruction: warpgroup.Post, words: Memory, row: np.ndarray, column: np.nd
 @run.register
 def _(instruction: warpgroup.Await, words: Memory, row: np.ndarray, columns: np.ndarray) -> list[np.ndarray] | None:
     content, columns = words.read(), np.broadcast_to(columns, (THREADS,))
-    inside = _inside(instruction.place, row, columns)
-    at = 2 * np.where(inside, _word(instruction, row, columns), 0)
-    if not content[at + 1][inside].all():
-        return None
-    return [np.where(inside, content[at], 0).astype(np.int32).view(np.float32)]
+    inside = _inside(instruction.place, row, columns) & (np.arange(THREADS) < instruction.threads)
+    results = []
+    for start in instruction.starts:
+        at = 2 * np.where(inside, _word(instruction.place, start, row, columns), 0)
+        if not content[at + 1][inside].all():
+            return None
+        results.append(np.where(inside, content[at], 0).astype(np.int32).view(np.float32))
+    return results
 
 
-def _word(instruction: warpgroup.Post | warpgroup.Await, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    return instruction.start + row.astype(np.int64) * instruction.place.stride + column
+def _word(place: Place, start: int, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    return start + row.astype(np.int64) * place.stride + column
 
 
 @run.register
