@@ -290,17 +290,6 @@ def test_narrow_rows_compile(n):
     assert list(compiled(norm.COLUMN_SUM, 9, n, "float32"))
 
 
-def test_later_segments_are_fetched_ahead():
-    """Into the L2 cache, where there are later ones."""
-
-    def ahead(rows, n):
-        (kernel,) = compiled(reduce.SUM, rows, n, "bfloat16", RowSchedule(cooperative=True))
-        return kernel.asm["ptx"].count("cp.async.bulk.prefetch.L2.global")
-
-    assert ahead(9, 147_456) == 1
-    assert ahead(4, 16_384) == 0
-
-
 def test_programs_of_a_row_meet():
     """What a program leaves is stored and awaited as words, each of which is read and written as a whole."""
     (kernel,) = compiled(softmax.SOFTMAX, 4, 147456, "float32", RowSchedule(1, 8, cooperative=True))

@@ -18,10 +18,10 @@ from bi_torch.direct import signature
 from bi_torch.rows import triton_kernels
 from bi_torch.rows.schedule import (
     MOST_COOPERATING,
-    PREFETCHED,
     column_cover,
     is_resident,
     power_of_two,
+    register_limit,
     row_cover,
     row_schedule,
     step_segments,
@@ -139,11 +139,13 @@ class _Launch:
     grid: int
     arguments: Callable[[_Call], tuple[Any, ...]]
     warps: int
+    registers: int | None = None
     run: Callable[..., None] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False, **limit}
 
     def __call__(self, device: int, call: _Call) -> None:
         """Launch on the current stream of the current device; a profiler's hooks see a full launch."""
@@ -365,19 +367,17 @@ def _add_shared(
         raise ValueError(f"{shape.program.name}: at most {MOST_COOPERATING} blocks of one row can wait for each other")
     cover = row_cover(n, schedule, vector, 1)
     plan.words = 1 + rows * segments * sum(map(_components, kinds))
-    ahead = multiprocessors(shape.given[0].device.index) * max(
-        1, PREFETCHED // (ROW_CONTRACT.segment * sum(x.itemsize for x in shape.given[: shape.elements]))
-    )
-    ahead = ahead if ahead < rows * segments else 0
     tail = (
         rows, n // constants[-1], segments, *constants, cover.chunks if n % cover.width == 0 else 0, cover.chunks, cover.lanes,
-        cover.piece, ROW_CONTRACT.segment, max(power_of_two(segments), 32 * schedule.warps), ahead,
+        cover.piece, ROW_CONTRACT.segment, max(power_of_two(segments), 32 * schedule.warps),
     )  # fmt: skip
 
     def arguments(call: _Call) -> tuple[Any, ...]:
         return (*tensors(call), call.words, *tail)
 
-    plan.launches.append(_Launch(rows_shared, rows * segments, arguments, schedule.warps))
+    held = sum(x.itemsize for x in shape.given[: shape.elements])
+    limit = register_limit(held, outputs=any(len(extents) > 1 for _, extents, _ in plan.outputs))
+    plan.launches.append(_Launch(rows_shared, rows * segments, arguments, schedule.warps, limit))
 
 
 def _add_stages(

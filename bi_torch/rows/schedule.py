@@ -23,8 +23,9 @@ results over whole tiles, and they do not fit the registers."""
 MOST_COOPERATING = 128
 """Segments of a row whose programs may wait for each other: no more than the multiprocessors of any Hopper GPU."""
 
-PREFETCHED = 128 * 1024
-"""Bytes that the L2 cache fetches ahead for a multiprocessor: more than the programs there hold at a time."""
+REGISTERS = 80
+"""Of a thread of a program that waits for others, where Triton would give it more than it gains from: as many blocks as
+possible are to be at work on a multiprocessor."""
 
 PROGRAMS = 256
 """Thread blocks below which a GPU of 132 multiprocessors idles."""
@@ -79,6 +80,15 @@ def is_resident(n: int, schedule: RowSchedule, elements: int) -> bool:
     values = power_of_two(n) * power_of_two(elements) * schedule.block_rows
     alone = schedule.blocks_per_row == 1 and not schedule.cooperative
     return alone and (n <= ROW_CONTRACT.segment or values <= 32 * schedule.warps * MOST_VALUES)
+
+
+def register_limit(held: int, *, outputs: bool) -> int | None:
+    """Registers of a thread of `rows_shared`, `held` bytes for each element; None: as many as Triton wants.
+
+    With outputs a thread keeps its elements while it waits: 16 registers a byte, so that more than 2 of them leave no room.
+    Without, it keeps none, and Triton takes more registers than this only where it loads elements of 32 bits.
+    """
+    return REGISTERS if (held <= 2) == outputs else None
 
 
 def row_schedule(rows: int, n: int, elements: int, vector: int, reductions: int) -> RowSchedule:

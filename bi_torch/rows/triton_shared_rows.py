@@ -58,28 +58,6 @@ def _gathered(KIND: tl.constexpr, words, row, first, R, segments, NUMBERS: tl.co
 
 
 @triton.jit
-def _prefetch(elements, strides, row, number, R, N, UNIT: tl.constexpr, SEGMENT: tl.constexpr):
-    """Have the L2 cache fetch segment `number` of a row, if there is one: a hint to the hardware, by the first thread."""
-    if row < R:
-        base = number * SEGMENT
-        for i in tl.static_range(len(elements)):
-            size = (tl.minimum(N - base, SEGMENT) * (elements[i].dtype.element_ty.primitive_bitwidth // 8)).to(tl.int32)
-            first = (elements[i] + row * strides[i] * UNIT + base).to(tl.int64)
-            tl.inline_asm_elementwise(
-                """{
-                .reg .pred p;
-                .reg .b32 thread;
-                mov.u32 thread, %tid.x;
-                setp.eq.u32 p, thread, 0;
-                setp.gt.and.s32 p, $2, 0, p;
-                @p cp.async.bulk.prefetch.L2.global [$1], $2;
-                mov.b32 $0, 0;
-                }""",
-                "=r,l,r", [first & -16, size & -16], tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-
-
-@triton.jit
 def _segment(
     row, number, elements, strides, columns, rows, ids, scalars, integers, outputs, output_strides, row_outputs, words,
     R, N, segments,
@@ -121,20 +99,15 @@ def rows_shared(
     R, N, segments,
     FORMULAS: tl.constexpr, GATHERED: tl.constexpr, UNIT: tl.constexpr, FULL: tl.constexpr,
     CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, SEGMENT: tl.constexpr, COUNT: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One segment of one row, from loads to stores in registers.
 
     `words` are int64 zeros: the ticket, then for every number of a segment's results [R, segments]. COUNT is a power of two
     that holds `segments`. Where masks are needed, the last segment alone does.
-    The L2 cache fetches the segment of the program AHEAD later, so that memory is not idle while programs compute and wait.
     """
     N = N * UNIT
     ticket = tl.atomic_add(words, 1, sem="relaxed").to(tl.int32)
     words += 1
-    if AHEAD > 0:
-        later = ticket + AHEAD
-        _prefetch(elements, strides, (later // segments).to(tl.int64), later % segments, R, N, UNIT, SEGMENT)
     row, number = (ticket // segments).to(tl.int64), ticket % segments
     if FULL < CHUNKS:
         if number < segments - 1:

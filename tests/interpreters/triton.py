@@ -98,11 +98,7 @@ def _dot(
 def _assembly(
     self: Any, assembly: str, constraints: str, values: list[TensorHandle], types: list[Any], is_pure: bool, pack: int
 ) -> Any:
-    """The instructions of our kernels: a register to another, and a prefetch of aligned bytes, which does nothing."""
-    if "cp.async.bulk.prefetch.L2.global [$1], $2;" in assembly:
-        address, size = values
-        assert address.data % 16 == size.data % 16 == 0
-        return SimpleNamespace(get_result=lambda i: size)
+    """The instruction of our kernels: a register to another."""
     assert (assembly, constraints) == ("mov.b32 $0, $1;", "=r,r")
     return SimpleNamespace(get_result=lambda i: values[i])
 
