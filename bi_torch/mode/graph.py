@@ -53,6 +53,9 @@ _SELECTIONS = _names(
 )
 """Nothing is rounded: the result is one of the operands, its integer part, or a bool."""
 
+_CONSTANTS = {"full": 1, "scalar_tensor": 0, "constant_pad_nd": 2}
+"""Moves of a number, and where it stands among the arguments: generated code does not round it to 16 bits."""
+
 _SIGNS = frozenset({"neg", "relu", "clamp_min", "clamp_max"})
 """Those for which Triton's code gives a zero another sign than eager does: its -x is 0 - x."""
 
@@ -178,6 +181,8 @@ def _decide(node: Node, name: str) -> None:
         # Inductor has no lowering for what it expects to be decomposed.
         lowerings.setdefault(node.target, fallback_handler(node.target, add_to_fallback_set=False))
         return
+    if name in _CONSTANTS and results[0].dtype in _HALF:
+        _round_constant(node, _CONSTANTS[name], results[0].dtype)
     if dtypes & _HALF:
         node.meta["low_precision_pointwise_barrier"] = True
     if name in _ARITHMETIC and results[0].dtype in _HALF and not _fit(_scalars(node), dtypes):
@@ -222,6 +227,11 @@ def _scalars(node: Node) -> list[float]:
 def _fit(scalars: Sequence[float], dtypes: set[torch.dtype]) -> bool:
     """Whether scalars are the same in the 16-bit formats among `dtypes`."""
     return all(torch.tensor(x).to(dtype).item() == x for x in scalars for dtype in dtypes & _HALF)
+
+
+def _round_constant(node: Node, i: int, dtype: torch.dtype) -> None:
+    if len(node.args) > i and isinstance(node.args[i], int | float):
+        node.update_arg(i, torch.tensor(node.args[i], dtype=dtype).item())
 
 
 def _as_product(node: Node) -> Node | None:
