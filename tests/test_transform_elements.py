@@ -168,7 +168,7 @@ DEPENDING = ("exp", "atan")
 def apply(names, x):
     """Each function on arguments that it has a value for."""
     positive, small = jnp.abs(x) + jnp.asarray(0.01, x.dtype), jnp.tanh(x)
-    arguments = dict.fromkeys(("log", "log1p", "rsqrt"), (positive,)) | dict.fromkeys(
+    arguments = dict.fromkeys(("log", "log1p", "log2", "rsqrt"), (positive,)) | dict.fromkeys(
         ("acos", "asin", "atanh", "erf_inv"), (small,)
     )
     arguments |= {"pow": (positive, x), "rem": (x, positive)}
