@@ -54,10 +54,10 @@ def decode(weights: Params, config: Config, tokens: jax.Array, cache: Cache, ops
         x, residual = ops.fused_add_rms_norm(
             ops.linear(y.reshape(batch, 1, queries), w["out"]), residual, w["mlp_norm"], config.eps
         )
-        gate, up = jnp.split(ops.linear(x, w["gate_up"]), 2, axis=-1)
-        return (ops.linear(ops.silu_mul(gate, up), w["down"]), residual), (k, v)
+        y = ops.silu_mul(ops.linear(x, w["gate"]), ops.linear(x, w["up"]))
+        return (ops.linear(y, w["down"]), residual), (k, v)
 
-    stacked = {name: weights[name] for name in ("attention_norm", "qkv", "out", "mlp_norm", "gate_up", "down")}
+    stacked = {name: weights[name] for name in ("attention_norm", "qkv", "out", "mlp_norm", "gate", "up", "down")}
     (x, residual), cache = lax.scan(layer, (x, jnp.zeros_like(x)), (stacked, cache))
     x, _ = ops.fused_add_rms_norm(x, residual, weights["norm"], config.eps)
     return ops.linear(x, weights["head"], out_dtype="float32"), cache

@@ -47,12 +47,13 @@ class Config:
             "attention_norm": (self.layers, self.width),
             "down": (self.layers, self.width, self.hidden),
             "embedding": (self.vocab, self.width),
-            "gate_up": (self.layers, 2 * self.hidden, self.width),
+            "gate": (self.layers, self.hidden, self.width),
             "head": (self.vocab, self.width),
             "mlp_norm": (self.layers, self.width),
             "norm": (self.width,),
             "out": (self.layers, self.width, self.projected[0]),
             "qkv": (self.layers, sum(self.projected), self.width),
+            "up": (self.layers, self.hidden, self.width),
         }
         return {name: shape for name, shape in shapes.items() if not (self.tied and name == "head")}
 

@@ -32,10 +32,10 @@ def forward(weights: Params, config: Config, tokens: jax.Array, ops: ModuleType 
         x, residual = ops.fused_add_rms_norm(*carry, w["attention_norm"], config.eps)
         x = ops.linear(attention(ops.linear(x, w["qkv"]), tables, config, ops), w["out"])
         x, residual = ops.fused_add_rms_norm(x, residual, w["mlp_norm"], config.eps)
-        gate, up = jnp.split(ops.linear(x, w["gate_up"]), 2, axis=-1)
-        return (ops.linear(ops.silu_mul(gate, up), w["down"]), residual), None
+        y = ops.silu_mul(ops.linear(x, w["gate"]), ops.linear(x, w["up"]))
+        return (ops.linear(y, w["down"]), residual), None
 
-    stacked = {name: weights[name] for name in ("attention_norm", "qkv", "out", "mlp_norm", "gate_up", "down")}
+    stacked = {name: weights[name] for name in ("attention_norm", "qkv", "out", "mlp_norm", "gate", "up", "down")}
     (x, residual), _ = lax.scan(layer, (x, jnp.zeros_like(x)), stacked)
     x, _ = ops.fused_add_rms_norm(x, residual, weights["norm"], config.eps)
     return ops.linear(x, weights["head"], out_dtype="float32")

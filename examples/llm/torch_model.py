@@ -44,14 +44,14 @@ def forward(
     tables = ops.rotary_tables(positions, config.head_dim, config.theta)
     x = ops.embedding(tokens, weights["embedding"])
     residual = torch.zeros_like(x)
-    names = "attention_norm", "qkv", "out", "mlp_norm", "gate_up", "down"
+    names = "attention_norm", "qkv", "out", "mlp_norm", "gate", "up", "down"
     for layer, stacked in enumerate(zip(*(weights[name].unbind() for name in names), strict=True)):
         w = dict(zip(names, stacked, strict=True))
         x, residual = ops.fused_add_rms_norm(x, residual, w["attention_norm"], config.eps)
         x = ops.linear(attention(ops.linear(x, w["qkv"]), tables, layer, start, cache, config, ops), w["out"])
         x, residual = ops.fused_add_rms_norm(x, residual, w["mlp_norm"], config.eps)
-        gate, up = ops.linear(x, w["gate_up"]).chunk(2, dim=-1)
-        x = ops.linear(ops.silu_mul(gate, up), w["down"])
+        y = ops.silu_mul(ops.linear(x, w["gate"]), ops.linear(x, w["up"]))
+        x = ops.linear(y, w["down"])
     x, _ = ops.fused_add_rms_norm(x, residual, weights["norm"], config.eps)
     return ops.linear(x, weights["head"], out_dtype=torch.float32)
 
