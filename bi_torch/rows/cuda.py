@@ -319,7 +319,7 @@ def _rows_plan(
     strides, output_strides = (tuple(pitch // unit for pitch in of) for of in (pitches, output_pitches))
     vector = _vector(*given[: shape.elements], *(dtype for _, extents, dtype in outputs if len(extents) == 2))
 
-    schedule = schedule or row_schedule(rows, n, shape.elements, vector, len(program.reductions))
+    schedule = schedule or row_schedule(rows, n, shape.elements, vector, len(program.reductions), outputs=bool(program.outputs))
     if n <= ROW_CONTRACT.segment and schedule.blocks_per_row > 1:
         raise ValueError(f"{program.name}: blocks share segments, a row of {n} elements has one")
     if n > ROW_CONTRACT.segment and schedule.block_rows > 1:
@@ -449,7 +449,7 @@ def _components(kind: str) -> int:
 def _pointwise_launch(shape: _Shape, operands: Sequence[torch.Tensor | torch.dtype]) -> _Launch:
     total = shape.rows * shape.n
     vector = _vector(*operands)
-    warps, repeat = 4, max(1, 32 // (vector * shape.elements))
+    warps, repeat = 8, max(1, 8 // (vector * shape.elements))
     block = 32 * warps * vector
     tail = (total, Formulas(shape.program), block, repeat)
 

@@ -11,6 +11,9 @@ from shared_specs.rows import ROW_CONTRACT
 VALUES = 32
 """Elements a thread holds in registers by default."""
 
+SHORT_VALUES = 8
+"""Of rows of which a block takes many."""
+
 MOST_VALUES = 64
 """Elements a thread may hold: about half of its registers where a block has 512 threads."""
 
@@ -91,22 +94,27 @@ def register_limit(held: int, *, outputs: bool) -> int | None:
     return REGISTERS if (held <= 2) == outputs else None
 
 
-def row_schedule(rows: int, n: int, elements: int, vector: int, reductions: int) -> RowSchedule:
+def row_schedule(rows: int, n: int, elements: int, vector: int, reductions: int, *, outputs: bool) -> RowSchedule:
     """The default schedule for [rows, n] with this many inputs of that shape, `vector` elements in an access.
 
-    A thread gets `VALUES` elements, but rather more of them than accesses that are narrower than they can be.
+    A thread gets `VALUES` elements, but rather more of them than accesses that are narrower than they can be; fewer of short
+    rows, and more where none is needed after a reduction.
     """
     elements = power_of_two(elements)
-    block_rows = max(1, 4 * 32 * VALUES // (power_of_two(n) * elements)) if n <= ROW_CONTRACT.segment else 1
+    short = n * elements <= MOST_TOGETHER
+    block_values = 4 * 32 * (SHORT_VALUES if short else VALUES)
+    block_rows = max(1, block_values // (power_of_two(n) * elements)) if n <= ROW_CONTRACT.segment else 1
     while block_rows > 1 and rows < PROGRAMS * block_rows:
         block_rows //= 2
-    fewest = 4
-    if reductions > 1 and n * elements > MOST_TOGETHER:
+    fewest = 2 if short and not outputs else 4
+    if reductions > 1 and not short:
         block_rows, fewest = 1, max(1, min(4, power_of_two(n) * elements // 256))
     values = block_rows * power_of_two(n) * elements
     if values <= 32 * MOST_WARPS * MOST_VALUES:
         lanes = block_rows * power_of_two(ROW_CONTRACT.segments(n)) * ROW_CONTRACT.lanes_for(n)
         widest = max(lanes // (32 * vector), values // (32 * MOST_VALUES))
+        if not outputs and block_rows == 1 and rows >= PROGRAMS and 4 * 32 * VALUES <= n * elements <= ROW_CONTRACT.segment:
+            return RowSchedule(1, values // (32 * MOST_VALUES))
         return RowSchedule(block_rows, max(fewest, min(values // (32 * VALUES), widest)))
     segments = ROW_CONTRACT.segments(n)
     if not reductions:
