@@ -9,7 +9,7 @@ class RowSchedule:
 
     Attributes:
         block_rows: rows that a thread block works on at a time, a power of two.
-        warps: warps of a thread block.
+        warps: warps of a thread block; Triton takes powers of two, Mosaic multiples of four.
         blocks_per_row: thread blocks that share the segments of a row; more than one only where rows are few and long.
         persistent: thread blocks walk over the rows instead of being one to each.
         cooperative: there is a thread block for every segment, and those of a row wait for each other inside one launch, so
@@ -23,9 +23,8 @@ class RowSchedule:
     cooperative: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("block_rows", "warps"):
-            value = getattr(self, name)
-            if value < 1 or value & (value - 1):
-                raise ValueError(f"RowSchedule.{name} must be a power of two, got {value}")
-        if self.blocks_per_row < 1:
-            raise ValueError(f"RowSchedule.blocks_per_row must be positive, got {self.blocks_per_row}")
+        if self.block_rows < 1 or self.block_rows & (self.block_rows - 1):
+            raise ValueError(f"RowSchedule.block_rows must be a power of two, got {self.block_rows}")
+        for name in ("warps", "blocks_per_row"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"RowSchedule.{name} must be positive, got {getattr(self, name)}")

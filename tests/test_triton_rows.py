@@ -227,6 +227,7 @@ def test_ids_outside_the_row(ids):
         (reduce.SUM, 100, RowSchedule(blocks_per_row=2)),
         (reduce.SUM, 9000, RowSchedule(block_rows=2)),
         (reduce.SUM, 200 * 8192, RowSchedule(cooperative=True)),
+        (reduce.SUM, 9000, RowSchedule(warps=12)),
     ],
 )
 def test_schedules_that_no_row_allows_raise(program, n, schedule):

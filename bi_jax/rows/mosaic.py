@@ -156,7 +156,7 @@ def row_plan(
 
 
 def _what_stays_in_registers(plan: Plan) -> dict[str, bool]:
-    """Elements, if they take no more than half of a thread's registers; and what is computed from them, likewise."""
+    """Elements, if they take no more than half of a thread's registers; and what is computed from them, if no more than 2/3."""
     budget = min(MAX_REGISTERS, REGISTERS // (THREADS * plan.warpgroups)) // 2
     if plan.segments > plan.workers or not (plan.segments == 1 or plan.program.reductions):
         return {"held": False, "keeps": False}
@@ -164,16 +164,17 @@ def _what_stays_in_registers(plan: Plan) -> dict[str, bool]:
     dtypes = dict(plan.dtypes)
     elements = chunks * sum(VECTOR * jnp.dtype(dtypes[name]).itemsize // 4 for name in plan.program.elements)
     kept = chunks * VECTOR * len({x for stage in plan.formulas.stages for step in stage.steps for x in step.kept})
-    return {"held": elements <= budget, "keeps": elements <= budget and kept <= budget}
+    return {"held": elements <= budget, "keeps": elements <= budget and kept <= budget * 4 // 3}
 
 
 def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str, str]) -> RowSchedule:
     """A schedule that keeps enough loads under way: some 32 KiB an SM.
 
     Rows of one segment: a warpgroup a block, with as many rows as make four chunks. Longer rows: blocks of four warpgroups,
-    which bounds the registers of a thread. Where elements are needed again after a reduction, or rows are few, or there is much
-    to compute, warpgroups wait for one another, each on its own, so that some compute while others load. Where nothing but
-    outputs is to be computed, segments are as good as rows.
+    which bounds the registers of a thread; five where exponentials of 16-bit elements leave some, two where two inputs need
+    more. Where elements are needed again after a reduction, or rows are few, or there is much to compute, warpgroups wait for
+    one another, each on its own, so that some compute while others load. Where nothing but outputs is to be computed, segments
+    are as good as rows.
     """
     segments = ROW_CONTRACT.segments(n)
     if segments == 1:
@@ -185,16 +186,20 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
     warpgroups = min(4, 1 << (segments - 1).bit_length())
     if not program.reductions:
         return RowSchedule(warps=4, blocks_per_row=segments)
+    exponentials = program.reductions[0].kind == "sum_exp"
+    warps = 20 if exponentials and all(jnp.dtype(dtypes[name]).itemsize == 2 for name in program.elements) else 16
     needed_again = bool(program.outputs) or len(program.reductions) > 1
-    much = segments <= warpgroups and program.reductions[0].kind == "sum_exp"
-    if segments <= MAX_TOGETHER and (rows < SMS or needed_again or much):
+    within_a_block = segments <= warpgroups
+    if segments <= MAX_TOGETHER and (rows < SMS or needed_again or (exponentials and within_a_block)):
         if rows * segments <= 4 * SMS:
-            return RowSchedule(warps=4, cooperative=True)
-        return RowSchedule(warps=16, cooperative=True)
+            warps = 4
+        elif len(program.elements) > 1 and within_a_block:
+            warps = 8
+        return RowSchedule(warps=warps, cooperative=True)
     blocks = 1
     while segments > MAX_TOGETHER and (blocks < 2 or (rows * blocks < SMS and blocks * warpgroups < segments)):
         blocks *= 2
-    return RowSchedule(block_rows=4 // warpgroups, warps=16, blocks_per_row=blocks)
+    return RowSchedule(block_rows=4 // warpgroups, warps=warps if warpgroups == 4 else 16, blocks_per_row=blocks)
 
 
 def row_workspace_bytes(plan: Plan) -> int:

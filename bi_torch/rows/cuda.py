@@ -320,6 +320,8 @@ def _rows_plan(
     vector = _vector(*given[: shape.elements], *(dtype for _, extents, dtype in outputs if len(extents) == 2))
 
     schedule = schedule or row_schedule(rows, n, shape.elements, vector, len(program.reductions), outputs=bool(program.outputs))
+    if schedule.warps != power_of_two(schedule.warps):
+        raise ValueError(f"{program.name}: Triton's blocks have a power of two of warps, got {schedule.warps}")
     if n <= ROW_CONTRACT.segment and schedule.blocks_per_row > 1:
         raise ValueError(f"{program.name}: blocks share segments, a row of {n} elements has one")
     if n > ROW_CONTRACT.segment and schedule.block_rows > 1:
