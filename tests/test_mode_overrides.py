@@ -150,7 +150,6 @@ SAMPLES = [
     Sample("nll_loss2d_backward", (T((2, 2, 2)), T((2, 3, 2, 2)), CLASSES, T((3,), True), 0, 1, T((), True))),
     Sample("mse_loss", (X, X)),
     *(Sample("mse_loss_backward", (T(shape), X, X, reduction)) for shape, reduction in (((), 1), ((), 2), ((3, 4, 10), 0))),
-    Sample("embedding", (T((5, 3)), torch.tensor([[0, 4, 4], [1, 2, 0]]), 1)),
     Sample("embedding_dense_backward", (T((2, 3, 4)), torch.tensor([[0, 4, 4], [1, 2, 0]]), 5, 1, False)),
     Sample("gelu", (X,), {"approximate": "tanh"}),
     Sample("gelu", (X,)),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
+import bi_torch
 from bi_torch.mode import set_batch_invariant_mode
 from tests.arrays import assert_same, integers
 
@@ -62,6 +63,8 @@ BATCHED = {
         (0, None),
     ),
     "gradient of attention": (grad(lambda q: F.scaled_dot_product_attention(q, q, q).sum()), (normal(4, 2, 3, 8),), (0,)),
+    "gradient of embedding": (grad(lambda w, ids: (F.embedding(ids, w, 1) * X[0, 0]).square().sum()), (W, IDS), (None, 0)),
+    "gradient of embeddings": (grad(lambda w: (F.embedding(IDS, w) * X).square().sum()), (normal(4, 5, 8),), (0,)),
     "gradient of cross_entropy": (grad(lambda x, ids: F.cross_entropy(x, ids)), (X, IDS), (0, 0)),
 }
 """A function, its arguments, and the dimensions that vmap takes; the first argument that has one has 4 of it."""
@@ -118,6 +121,25 @@ def test_a_gradient_through_a_vmap():
     assert actual.abs().sum() > 0
     one_product = grad(lambda w: F.linear(X, w, B).float().square().sum())(W)
     assert_same(actual, one_product)
+
+
+@devices
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gradient_of_an_embedding_is_a_sum_in_the_order_of_tokens(dtype, device):
+    """Torch's own formula comes to the mode's kernel; the cotangents cancel."""
+    g = torch.cat([normal(4, 3, 8), normal(4, 3, 8) * 2**12, normal(4, 3, 8)]).to(device, dtype)
+    ids, padding = torch.cat([IDS, IDS, IDS % 2]).to(device), 3
+    weights = [W.to(device, dtype, copy=True).requires_grad_() for _ in range(2)]
+    for function, w in zip((F.embedding, bi_torch.embedding), weights, strict=True):
+        y = function(ids, w, padding)
+        y.backward(g)
+        assert_same(y.detach(), W.to(device, dtype)[ids])
+    assert_same(weights[0].grad, weights[1].grad)
+    with set_batch_invariant_mode(False):
+        w = W.to(device, dtype, copy=True).requires_grad_()
+        F.embedding(ids, w, padding).backward(g)
+    assert w.grad.abs().sum() > 0
+    torch.testing.assert_close(weights[0].grad, w.grad, rtol=0.02, atol=float(g.abs().max()) * 0.02)
 
 
 def test_jacobians():

@@ -1,4 +1,6 @@
-"""Losses that torch reduces inside their kernels, and embeddings, whose gradient is a sum over tokens.
+"""Losses that torch reduces inside their kernels, and the gradient of embeddings, a sum over tokens.
+
+An embedding itself copies rows: torch's kernel does, and torch's formula comes to the gradient here.
 
 Losses that torch composes (l1, smooth l1, huber, binary cross entropy, kl_div) reach their mean or sum through the overrides of
 those.
@@ -81,19 +83,10 @@ def mse_loss_backward(grad_output: Tensor, self: Tensor, target: Tensor, reducti
     return (twice * difference).to(self.dtype)
 
 
-def embedding(
-    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
-) -> Any:
-    """The rows of weight at indices; the gradient of a row is the sum over its tokens in their order."""
-    if weight.dtype not in FLOATS or indices.dtype not in IDS or weight.dim() != 2 or sparse or scale_grad_by_freq:
-        return NotImplemented
-    return embeddings.embedding(indices, weight, padding_idx if padding_idx >= 0 else None)
-
-
 def embedding_dense_backward(
     grad_output: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Any:
-    """The gradient of the weight of an embedding."""
+    """The gradient of the weight of an embedding: of each row the sum over its tokens in their order."""
     if grad_output.dtype not in FLOATS or scale_grad_by_freq:
         return NotImplemented
     return embeddings.embedding_backward(grad_output, indices, num_weights, padding_idx)
@@ -107,6 +100,5 @@ OVERRIDES = (
     Override("nll_loss2d_backward", nll_loss_backward, out="nll_loss2d_backward.grad_input", autograd=False),
     Override("mse_loss", mse_loss, out="mse_loss.out"),
     Override("mse_loss_backward", mse_loss_backward, out="mse_loss_backward.grad_input", autograd=False),
-    Override("embedding", embedding, out="embedding.out"),
     Override("embedding_dense_backward", embedding_dense_backward, out="embedding_dense_backward.out", autograd=False),
 )
