@@ -26,9 +26,9 @@ def _no_gpu(monkeypatch):
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: MULTIPROCESSORS)
 
 
-def run(a, b, bias, alpha, beta, out, contract, schedule):
+def run(a, b, bias, alpha, beta, out, contract, schedule, finite):
     """Launch what the CUDA path would launch, in the interpreter; operands are [B, M, K] and [B, K, N]."""
-    plan = cuda._plan(a, b, bias, out, alpha != 1.0, contract, schedule)
+    plan = cuda._plan(a, b, bias, out, alpha != 1.0, contract, schedule, finite)
     with gpu_arithmetic():
         getattr(KERNELS, plan.kernel.__name__)[plan.grid](
             *plan.arguments(cuda._TensorMap.described, a, b, bias, out, alpha, beta), **plan.options
@@ -63,6 +63,7 @@ def check(
     out_dtype=None,
     alpha=1.0,
     beta=1.0,
+    finite=False,
 ):
     fmt, contract = float_format(dtype), gemm_contract(dtype)
     out_fmt = float_format(out_dtype or dtype)
@@ -71,11 +72,13 @@ def check(
     bias_shape = {"none": None, "row": (1, 1, n), "full": (batch, m, n)}[bias]
     bias_bits = None if bias_shape is None else operand_bits(kind, bias_shape, fmt, seed + 99)
     expected = reference(a_bits, b_bits, contract, bias_bits=bias_bits, alpha=alpha, beta=beta, out_format=out_fmt)
+    if finite:
+        expected = np.where(np.isfinite(out_fmt.decode(expected)), expected, out_fmt.encode(np.float32(np.nan)))
 
     a, b = strided(to_torch(a_bits, fmt), storage[0]), strided(to_torch(b_bits, fmt), storage[1])
     out = torch.full((batch, m, n), -7.0, dtype=DTYPES[out_fmt.name])
     bias_tensor = None if bias_bits is None else to_torch(bias_bits, fmt).expand(batch, m, n)
-    run(a, b, bias_tensor, alpha, beta, out, contract, schedule)
+    run(a, b, bias_tensor, alpha, beta, out, contract, schedule, finite)
     np.testing.assert_array_equal(to_bits(out), expected)
 
 
@@ -143,6 +146,17 @@ def test_epilogue(bias, alpha, beta, out_dtype):
 @pytest.mark.parametrize("kind", ["special", "bits"])
 def test_special_values_in_the_epilogue(kind):
     check("bfloat16", 20, 8, 40, POINTER, kind=kind, bias="full", alpha=0.3, beta=-1.7, out_dtype="float32")
+
+
+@pytest.mark.parametrize("kind", ["special", "bits", "normal"])
+@pytest.mark.parametrize("out_dtype", [None, "float32"])
+def test_outputs_that_are_finite_or_nan(kind, out_dtype):
+    """An output that the rounding to its dtype makes infinite, too."""
+    options = {"kind": kind, "alpha": 3e4, "out_dtype": out_dtype, "finite": True}
+    check("float16", 20, 48, 40, TMA, storage=tma_storage(20, 48, 40), **options)
+    check("float16", 20, 48, 40, POINTER, **options)
+    check("bfloat16", 20, 48, 40, POINTER, **options)
+    check("float32", 20, 48, 40, SPLIT, kind=kind, alpha=1e38, finite=True)
 
 
 TABLE = {(row.dtypes, row.schedule) for row in schedule_table("sm_90") if row.engine == "triton"}

@@ -38,12 +38,18 @@ def ptx(dtype: str, schedule: GemmSchedule, batch: int = 1, scaled: bool = False
 
 
 @cache
-def compiled(dtype: str, schedule: GemmSchedule, batch: int = 1, scaled: bool = False) -> triton.compiler.CompiledKernel:
-    """The launch of an aligned x @ W^T to float32 (with alpha, beta and a bias if `scaled`), specialised as Triton does it."""
+def compiled(
+    dtype: str, schedule: GemmSchedule, batch: int = 1, scaled: bool = False, finite: bool = False
+) -> triton.compiler.CompiledKernel:
+    """The launch of an aligned x @ W^T to float32 (with alpha, beta and a bias if `scaled`), specialised as Triton does it.
+
+    With `finite` to the operands' dtype, and what is not finite then is NaN.
+    """
     m, n, k = 2 * schedule.block_m, 2 * schedule.block_n, 2 * schedule.block_k
     a, weight = torch.empty(batch, m, k, dtype=DTYPES[dtype]), torch.empty(batch, n, k, dtype=DTYPES[dtype])
-    out, bias = torch.empty(batch, m, n), torch.empty(batch, m, n) if scaled else None
-    plan = cuda._plan(a, weight.mT, bias, out, scaled, gemm_contract(dtype), schedule)
+    out = torch.empty(batch, m, n, dtype=DTYPES[dtype] if finite else torch.float32)
+    bias = torch.empty(batch, m, n) if scaled else None
+    plan = cuda._plan(a, weight.mT, bias, out, scaled, gemm_contract(dtype), schedule, finite)
     backend = make_backend(TARGET)
     binder = create_function_from_signature(plan.kernel.signature, plan.kernel.params, backend)
     bound, specialization, options = binder(
@@ -93,6 +99,16 @@ def test_arithmetic_is_rounded_once_and_not_contracted(dtype, schedule):
 def test_products_run_on_the_tensor_core_of_the_contract(dtype, schedule):
     operand = {"bfloat16": "bf16", "float16": "f16", "float32": "bf16"}[dtype]
     assert re.search(rf"(wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+k16\.\S*f32\.{operand}\.{operand}", ptx(dtype, schedule))
+
+
+@pytest.mark.parametrize(("dtype", "op"), [("bfloat16", "mm"), ("float16", "mm_strided"), ("float32", "mm")])
+def test_what_is_not_finite_becomes_the_nan_that_a_conversion_gives(dtype, op):
+    (schedule,) = {row.schedule for row in ROWS if (row.op, row.m, row.n) == (op, None, None) and dtype in row.dtypes}
+    kernel = compiled(dtype, schedule, finite=True)
+    nan = r"0f7FFFFFFF|0x7FFFFFFF|2147483647" if dtype == "float32" else "0x7FFF|32767"
+    assert re.search(rf"selp\.\w+\s+%\w+, (%\w+, ({nan})|({nan}), %\w+), %\w+;", kernel.asm["ptx"])
+    assert not re.search(r"\bfma\.|\.ftz", kernel.asm["ptx"])
+    assert kernel.metadata.shared <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize(("out_shape", "block_n"), [((256, 512), 128), ((256, 515), 128), ((256, 640), 320)])

@@ -56,16 +56,21 @@ def plan_of(
     alpha: float,
     contract: GemmContract,
     schedule: GemmSchedule | None = None,
+    *,
+    finite: bool = False,
 ) -> "Plan":
-    """The plan of all calls whose tensors have the signatures (`bi_torch.direct`) of these; arguments as for `gemm`."""
+    """The plan of all calls whose tensors have the signatures (`bi_torch.direct`) of these; arguments as for `gemm`.
+
+    With `finite` an output that is not finite is NaN.
+    """
     key = (
-        signature(a), signature(b), signature(out), signature(bias), alpha == 1.0, contract.contract_id, schedule,
+        signature(a), signature(b), signature(out), signature(bias), alpha == 1.0, contract.contract_id, schedule, finite,
     )  # fmt: skip
     plan = _PLANS.get(key)
     if plan is None:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
-        plan = _PLANS[key] = _plan(a, b, bias, out, alpha != 1.0, contract, schedule)
+        plan = _PLANS[key] = _plan(a, b, bias, out, alpha != 1.0, contract, schedule, finite)
     return plan
 
 
@@ -128,6 +133,7 @@ def _plan(
     scale: bool,
     contract: GemmContract,
     schedule: GemmSchedule | None,
+    finite: bool = False,
 ) -> Plan:
     if contract.k_leaves != 1:
         raise NotImplementedError(f"bi_torch.gemm on CUDA: k_leaves = {contract.k_leaves}; the kernels implement 1")
@@ -156,12 +162,13 @@ def _plan(
                 "bi_torch.gemm on CUDA: a schedule with loads='tma' needs one batch entry and 16-byte aligned rows"
             )
         programs = min(tiles, multiprocessors(out.device.index)) if schedule.persistent else tiles
-        maps, arguments = _tma_arguments(a, b, bias, out, scale, schedule)
+        maps, arguments = _tma_arguments(a, b, bias, out, scale, finite, schedule)
         return Plan(triton_kernels.gemm_tma, (programs, 1, 1), arguments, options, maps)
     if _rest(schedule.block_n):
         raise ValueError(f"bi_torch.gemm on CUDA: without tensor maps block_n must be a power of two, got {schedule.block_n}")
     kernel = triton_kernels.gemm_pointer if contract.split is None else triton_kernels.gemm_split
-    return Plan(kernel, (tiles * batch, 1, 1), _pointer_arguments(a, b, bias, out, scale, schedule, contract), options)
+    arguments = _pointer_arguments(a, b, bias, out, scale, finite, schedule, contract)
+    return Plan(kernel, (tiles * batch, 1, 1), arguments, options)
 
 
 def _rest(extent: int) -> int:
@@ -174,7 +181,13 @@ def _batched(x: torch.Tensor) -> torch.Tensor:
 
 
 def _tma_arguments(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, scale: bool, schedule: GemmSchedule
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    scale: bool,
+    finite: bool,
+    schedule: GemmSchedule,
 ) -> tuple[tuple["_TensorMap", ...], Callable[..., tuple[Any, ...]]]:
     """The tensor maps of `gemm_tma`, and its arguments from the tensors of a call."""
     m, n, k = a.shape[1], b.shape[2], a.shape[2]
@@ -193,7 +206,7 @@ def _tma_arguments(
     out_strides = (out.stride(1), out.stride(2))
     bias_strides = (bias.stride(1), bias.stride(2)) if bias is not None else (0, 0)
     constants = (
-        a_is_km, b_is_nk, scale, bias is not None, store_tma, block_m, block_n, rest_n, block_k,
+        a_is_km, b_is_nk, scale, bias is not None, finite, store_tma, block_m, block_n, rest_n, block_k,
         schedule.swap, schedule.group_m, piece_n, schedule.persistent,
     )  # fmt: skip
     tail = (m, n, k, *out_strides, *bias_strides, *constants)
@@ -259,6 +272,7 @@ def _pointer_arguments(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     scale: bool,
+    finite: bool,
     schedule: GemmSchedule,
     contract: GemmContract,
 ) -> Callable[..., tuple[Any, ...]]:
@@ -270,6 +284,7 @@ def _pointer_arguments(
         *rule,
         scale,
         bias is not None,
+        finite,
         schedule.block_m,
         schedule.block_n,
         schedule.block_k,

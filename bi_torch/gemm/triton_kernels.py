@@ -3,8 +3,8 @@
 Every kernel evaluates the contract's chain for each output: dot instructions over K in ascending order from a +0
 accumulator, the tail of K filled with zeros. A tile's shape, its warps and which operand feeds which side of the tensor
 core decide which outputs are computed together, never the order of an addition; that is why the bits do not depend on
-the schedule. The kernels must be compiled with `enable_fp_fusion=False`: the epilogue's multiplications and additions
-are rounded one by one.
+the schedule. With FINITE an output that is not finite is NaN. The kernels must be compiled with `enable_fp_fusion=False`:
+the epilogue's multiplications and additions are rounded one by one.
 
     gemm_tma       operands read through tensor maps: 16-byte aligned rows, one contiguous dimension
     gemm_pointer   masked loads: any strides, any size
@@ -44,10 +44,26 @@ def _bias(bias_ptr, row, col, M, N, stride_m, stride_n):
 
 
 @triton.jit
-def _store(out_ptr, value, row, col, M, N, stride_m, stride_n):
+def _store(out_ptr, value, row, col, M, N, stride_m, stride_n, FINITE: tl.constexpr):
     offsets = row.to(tl.int64)[:, None] * stride_m + col.to(tl.int64)[None, :] * stride_n
     inside = (row[:, None] < M) & (col[None, :] < N)
-    tl.store(out_ptr + offsets, value.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + offsets, _rounded(value, out_ptr.dtype.element_ty, FINITE), mask=inside)
+
+
+@triton.jit
+def _rounded(value, dtype: tl.constexpr, FINITE: tl.constexpr):
+    """value in the output's dtype; with FINITE what is not finite then is NaN."""
+    rounded = value.to(dtype)
+    if FINITE:
+        wide = rounded.to(tl.float32)
+        nan = tl.full(wide.shape, 0x7FFFFFFF, tl.uint32).to(tl.float32, bitcast=True)
+        rounded = tl.where(_is_finite(wide), wide, nan).to(dtype)
+    return rounded
+
+
+@triton.jit
+def _is_finite(x):
+    return (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
 
 
 @triton.jit
@@ -66,8 +82,8 @@ def _epilogue(
 def gemm_tma(
     a_desc, b_desc, b_rest_desc, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, K,
     stride_out_m, stride_out_n, stride_bias_m, stride_bias_n,
-    A_IS_KM: tl.constexpr, B_IS_NK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, STORE_TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    A_IS_KM: tl.constexpr, B_IS_NK: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, FINITE: tl.constexpr,
+    STORE_TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr, GROUP_M: tl.constexpr, PIECE_N: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """A program walks over output tiles [BLOCK_M, BLOCK_N + REST_N]; tensor maps zero-fill every edge.
@@ -96,35 +112,35 @@ def gemm_tma(
         if SWAP:
             acc = acc.T
         _finish(acc, m0, n0, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
-                stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, BLOCK_M, BLOCK_N, PIECE_N)  # fmt: skip
+                stride_bias_m, stride_bias_n, SCALE, BIAS, FINITE, STORE_TMA, BLOCK_M, BLOCK_N, PIECE_N)  # fmt: skip
         if REST_N:
             if SWAP:
                 rest = rest.T
             _finish(rest, m0, n0 + BLOCK_N, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
-                    stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, BLOCK_M, REST_N, PIECE_N)  # fmt: skip
+                    stride_bias_m, stride_bias_n, SCALE, BIAS, FINITE, STORE_TMA, BLOCK_M, REST_N, PIECE_N)  # fmt: skip
 
 
 @triton.jit
 def _finish(
     acc, m0, n0, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n, stride_bias_m, stride_bias_n,
-    SCALE: tl.constexpr, BIAS: tl.constexpr, STORE_TMA: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, FINITE: tl.constexpr, STORE_TMA: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PIECE_N: tl.constexpr,
 ):  # fmt: skip
     """Epilogue and store of the [ROWS, COLS] tile at (m0, n0), by halves until a half is PIECE_N wide."""
     if COLS > PIECE_N:
         left, right = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, COLS // 2)), (0, 2, 1)))
         _finish(left, m0, n0, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
-                stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, ROWS, COLS // 2, PIECE_N)  # fmt: skip
+                stride_bias_m, stride_bias_n, SCALE, BIAS, FINITE, STORE_TMA, ROWS, COLS // 2, PIECE_N)  # fmt: skip
         _finish(right, m0, n0 + COLS // 2, out_desc, out_ptr, bias_ptr, alpha, beta, M, N, stride_out_m, stride_out_n,
-                stride_bias_m, stride_bias_n, SCALE, BIAS, STORE_TMA, ROWS, COLS // 2, PIECE_N)  # fmt: skip
+                stride_bias_m, stride_bias_n, SCALE, BIAS, FINITE, STORE_TMA, ROWS, COLS // 2, PIECE_N)  # fmt: skip
     else:
         row = m0 + tl.arange(0, ROWS)
         col = n0 + tl.arange(0, COLS)
         value = _epilogue(acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE, BIAS)
         if STORE_TMA:
-            out_desc.store([m0, n0], value.to(out_desc.dtype))
+            out_desc.store([m0, n0], _rounded(value, out_desc.dtype, FINITE))
         else:
-            _store(out_ptr, value, row, col, M, N, stride_out_m, stride_out_n)
+            _store(out_ptr, value, row, col, M, N, stride_out_m, stride_out_n, FINITE)
 
 
 @triton.jit
@@ -162,7 +178,7 @@ def gemm_pointer(
     a_ptr, b_ptr, out_ptr, bias_ptr, alpha, beta, M, N, K,
     stride_a_b, stride_a_m, stride_a_k, stride_b_b, stride_b_k, stride_b_n, stride_out_b, stride_out_m, stride_out_n,
     stride_bias_b, stride_bias_m, stride_bias_n,
-    SCALE: tl.constexpr, BIAS: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, FINITE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One output tile [BLOCK_M, BLOCK_N] of one batch entry a program; masked loads fill every edge with zeros."""
@@ -181,12 +197,7 @@ def gemm_pointer(
     if BIAS:
         bias_ptr += batch * stride_bias_b
     value = _epilogue(acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE, BIAS)
-    _store(out_ptr + batch * stride_out_b, value, row, col, M, N, stride_out_m, stride_out_n)
-
-
-@triton.jit
-def _is_finite(x):
-    return (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+    _store(out_ptr + batch * stride_out_b, value, row, col, M, N, stride_out_m, stride_out_n, FINITE)
 
 
 @triton.jit
@@ -254,7 +265,7 @@ def gemm_split(
     a_ptr, b_ptr, out_ptr, bias_ptr, alpha, beta, M, N, K,
     stride_a_b, stride_a_m, stride_a_k, stride_b_b, stride_b_k, stride_b_n, stride_out_b, stride_out_m, stride_out_n,
     stride_bias_b, stride_bias_m, stride_bias_n,
-    CROSS: tl.constexpr, CHUNK_K: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    CROSS: tl.constexpr, CHUNK_K: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, FINITE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """As `gemm_pointer`, for float32 operands; CHUNK_K is the contract's promote_k, CROSS its part products.
@@ -287,4 +298,4 @@ def gemm_split(
     if BIAS:
         bias_ptr += batch * stride_bias_b
     value = _epilogue(acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE, BIAS)
-    _store(out_ptr + batch * stride_out_b, value, row, col, M, N, stride_out_m, stride_out_n)
+    _store(out_ptr + batch * stride_out_b, value, row, col, M, N, stride_out_m, stride_out_n, FINITE)
