@@ -5,7 +5,7 @@ traces, graphs, tensors that are not what they seem. A trip through it takes the
 the dispatcher would do nothing but run the device's kernel, that kernel is called.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,20 +100,29 @@ def repeat(call: Callable[[Sequence[Any]], Any], given: Sequence[Any]) -> Any:
     return result
 
 
+_NO_KWARGS: Mapping[str, Any] = {}
+_PLAIN = frozenset({bool, int, float, str, torch.dtype, type(None)})
+"""Types of arguments that say all by their value."""
+
+
 class Repeated:
     """A function that often comes down to one prepared call on its own arguments; then it is that call.
 
     It must be determined by its arguments, of which it changes none, and by whether autocast is on for a GPU. Where what it
     returns, or the first of what the call returns, was seen to be what the call returned, it is that call for all arguments of
-    these signatures.
+    these signatures. Arguments by keyword are plain values, or nothing is kept: a tensor there may be written to.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._kept: dict[tuple[Any, ...], tuple[Any, list[Any], list[tuple[int, int]], bool]] = {}
 
-    def __call__(self, args: tuple[Any, ...]) -> Any:
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NO_KWARGS) -> Any:
         key = (torch.is_autocast_enabled("cuda"), *[_exactly(x) for x in args])
+        if kwargs:
+            if not all(type(x) in _PLAIN for x in kwargs.values()):
+                return self._function(*args, **kwargs)
+            key += tuple([(name, _exactly(x)) for name, x in kwargs.items()])
         kept = self._kept.get(key)
         if kept is not None:
             call, template, places, first = kept
@@ -126,7 +135,7 @@ class Repeated:
         outside, launches = THREAD.launches, list[Launch]()
         THREAD.launches = launches
         try:
-            result = self._function(*args)
+            result = self._function(*args, **kwargs)
         finally:
             THREAD.launches = outside
         if len(launches) == 1:
@@ -159,6 +168,8 @@ _MOST_KEPT = 1 << 12
 
 def _exactly(x: Any) -> Any:
     """As `signature`, for arguments of an op of ATen; tells the zeros apart."""
-    if isinstance(x, list):
-        return tuple(x)
-    return x.hex() if isinstance(x, float) else signature(x)
+    if isinstance(x, Tensor):
+        return signature(x)
+    if isinstance(x, float):
+        return x.hex()
+    return tuple(x) if isinstance(x, list) else x

@@ -1,5 +1,6 @@
 """Calls that need no dispatcher: where it has nothing to do it is not asked, and the results are the same."""
 
+import math
 from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
@@ -14,6 +15,9 @@ from triton.backends.nvidia import driver
 
 import bi_torch
 from bi_torch import direct
+from bi_torch.attention import calls, triton_kernels
+from bi_torch.attention import cuda as attention_cuda
+from bi_torch.attention import library as attention_library
 from bi_torch.device import direct_launcher
 from bi_torch.direct import kernel_device
 from bi_torch.gemm import cuda as gemm_cuda
@@ -25,9 +29,10 @@ from bi_torch.rows import softmax
 from bi_torch.rows.library import Op, RowOp
 from tests import test_triton_interpreter, test_triton_rows
 from tests.arrays import assert_same, draw
-from tests.interpreters.triton import gpu_arithmetic
+from tests.interpreters.triton import gpu_arithmetic, interpreted
 
 X = draw(6, 40)
+ATTENTION = interpreted(triton_kernels)
 
 
 class Subclass(torch.Tensor):
@@ -106,7 +111,7 @@ def cpu_as_gpu(monkeypatch):
     def launch_rows(launch, device, call):
         counts["launched"] += 1
         with gpu_arithmetic():
-            kernel = getattr(test_triton_rows.KERNELS, launch.kernel.__name__)
+            kernel = vars(test_triton_rows.KERNELS).get(launch.kernel.__name__) or getattr(ATTENTION, launch.kernel.__name__)
             kernel[(launch.grid,)](*launch.arguments(call), **launch.options)
 
     def launch_product(plan, device, *call):
@@ -127,15 +132,17 @@ def cpu_as_gpu(monkeypatch):
     for module in (gemm_cuda, rows_cuda):
         monkeypatch.setattr(module, "architecture", lambda device, caller: "sm_90")
         monkeypatch.setattr(module, "multiprocessors", lambda device: 3)
+    for module in (gemm_cuda, rows_cuda, attention_cuda, calls):
         monkeypatch.setattr(module, "bind_context", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: X.get_device())
-    monkeypatch.setattr(rows_cuda._Launch, "__call__", launch_rows)
+    monkeypatch.setattr(rows_cuda.Launch, "__call__", launch_rows)
     monkeypatch.setattr(gemm_cuda.Plan, "_launch", launch_product)
-    for library in (gemm_library, rows_library):
+    for library in (gemm_library, rows_library, calls):
         monkeypatch.setattr(library, "kernel_device", counted(kernel_device, "looked at"))
     monkeypatch.setattr(gemm_library, "_first_call", counted(gemm_library._first_call))
     monkeypatch.setattr(RowOp, "__call__", counted(RowOp.__call__))
     monkeypatch.setattr(gemm_library, "CALLS", {})
+    monkeypatch.setattr(calls, "CALLS", {})
     return counts
 
 
@@ -157,8 +164,89 @@ def test_a_repeated_call_is_a_launch(name, request):
     x, y = draw(16, 16), draw(16, 16, seed=1)
     counts = compare(*CALLS[name], ((x, x), (x, x), (x, y), (y, x)), request)
     assert (counts["launched"], counts["prepared"]) == (4, 1)
-    # Arguments by keyword are looked at in every call. The first call looks at the op's arguments, too.
-    assert counts["looked at"] >= 4 if name == "addmm" else counts["looked at"] <= 3
+    assert counts["looked at"] <= 3  # the first call looks at the op's arguments, too
+
+
+def heads(*shape, dtype="bfloat16", seed=0, lost=()):
+    """Operands of attention, with what is not finite at some places of the first head."""
+    x = draw(*shape, dtype=dtype, seed=seed)
+    for i, place in enumerate(lost):
+        x[0, 0, place, i] = (math.nan, math.inf, -math.inf)[i % 3]
+    return x
+
+
+def tokens_first(x):
+    """As a projection leaves it: neither heads nor batch entries stand behind one another."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+QUERY, KEY, VALUE = heads(2, 2, 5, 8), heads(2, 1, 21, 8, seed=1), heads(2, 1, 21, 6, seed=2, lost=(2, 20))
+STEP = heads(2, 2, 1, 8)
+CAUSAL = torch.ones(5, 21, dtype=torch.bool).tril(3)
+LEFT = CAUSAL & (torch.arange(21) >= torch.tensor([0, 2])[:, None])[:, None, None]
+GAPS = (torch.arange(21) % 4 != torch.tensor([0, 2])[:, None])[:, None, None]
+
+ATTENTIONS = {
+    "decoding": (3, (STEP, KEY, VALUE), {"enable_gqa": True}),
+    "decoding of repeated keys": (3, (STEP[:1], *(x[:1].repeat_interleave(2, 1) for x in (KEY, VALUE))), {"scale": 0.3}),
+    "float32": (3, (STEP.float(), KEY.float(), VALUE.float()), {"enable_gqa": True}),
+    "one head": (3, (QUERY[0, 0], KEY[0, 0], VALUE[0, 0]), {}),
+    "overflow": (3, (STEP, KEY, torch.full_like(VALUE, 3e38)), {"enable_gqa": True}),
+    "causal": (5, (QUERY, KEY, VALUE), {"is_causal": True, "enable_gqa": True}),
+    "causal with few keys": (5, (QUERY, KEY[:, :, :3], VALUE[:, :, :3]), {"is_causal": True, "enable_gqa": True}),
+    "causal, tokens first": (5, tuple(map(tokens_first, (QUERY, KEY, VALUE))), {"is_causal": True, "enable_gqa": True}),
+    "right padding": (5, (QUERY, KEY, VALUE, CAUSAL), {"enable_gqa": True}),
+    "left padding": (6, (QUERY, KEY, VALUE, LEFT), {"enable_gqa": True}),
+    "gaps": (6, (STEP, KEY, VALUE, GAPS), {"enable_gqa": True}),
+    "nothing admitted": (6, (STEP, KEY, VALUE, GAPS & (torch.arange(2) > 0).view(2, 1, 1, 1)), {"enable_gqa": True}),
+}
+"""Launches, operands and options."""
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_is_a_few_launches(name, request):
+    launches, operands, options = ATTENTIONS[name]
+    others = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x.flip(-1)) for x in operands[:3]]
+    counts = compare(
+        lambda *x: F.scaled_dot_product_attention(*x, **options), lambda *x: x, (operands, (*others, *operands[3:])), request
+    )
+    assert counts["launched"] == 2 * launches
+    assert len(calls.CALLS) <= 1  # none, where the mode has kept the call since another test
+
+
+def test_attention_of_one_tensor_under_three_names(request):
+    x, y = STEP[:1, :, :, :6].expand(1, 2, 4, 6).contiguous(), QUERY[:1, :, :4, :6].contiguous()
+    counts = compare(F.scaled_dot_product_attention, lambda *x: x, ((x, x, x), (x, y, x), (y, x, x), (x, x, y)), request)
+    assert counts["launched"] == 4 * 3
+    assert len(calls.CALLS) <= 1  # none, where the mode has kept the call since another test
+
+
+def test_attention_looks_at_its_mask_in_every_call(request):
+    """One kept call serves masks that admit the first keys, keys in another order, and an order for every row."""
+    any_row = torch.rand(2, 1, 5, 21, generator=torch.Generator().manual_seed(0)) < 0.6
+    masks = (CAUSAL.expand(2, 1, 5, 21).contiguous(), LEFT, any_row)
+    pairs = [(QUERY, KEY, VALUE, mask) for mask in (*masks, LEFT)]
+    counts = compare(lambda *x: F.scaled_dot_product_attention(*x, enable_gqa=True), lambda *x: x, pairs, request)
+    assert counts["launched"] > 5 + 6 + 6
+    assert len(calls.CALLS) <= 1  # none, where the mode has kept the call since another test
+
+
+@pytest.mark.parametrize("name", ["causal", "left padding", "any"])
+def test_attention_in_chunks_and_its_gradients(name, monkeypatch, request):
+    """The kernels around the products, as the general path launches them."""
+    mask = {"causal": None, "left padding": LEFT, "any": torch.rand(2, 2, 5, 21) < 0.6}[name]
+    arguments = (QUERY, KEY, VALUE, mask, mask is None, 0.3, True)
+    g = heads(2, 2, 5, 6, seed=3)
+    monkeypatch.setattr(attention_library, "CHUNK", 7 * 21)
+    monkeypatch.setattr(attention_library, "CAUSAL_BLOCK", 2)
+    backward = attention_library._attention_backward
+    with torch.no_grad():
+        expected = [attention_library.attention(*arguments), *backward(g, *arguments)]
+        counts = request.getfixturevalue("cpu_as_gpu")
+        actual = [attention_library.attention(*arguments), *backward(g, *arguments)]
+    assert counts["launched"] > 10
+    for x, y in zip(actual, expected, strict=True):
+        assert_same(x, y)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from bi_torch.attention.calls import call_key, kept_call, new_call
 from bi_torch.attention.library import attention, layout_of
+from bi_torch.direct import repeat
 from bi_torch.rows.arguments import FLOATS, check_tensor
 
 _OP = "scaled_dot_product_attention"
@@ -47,6 +49,9 @@ def scaled_dot_product_attention(
             `is_causal` are both given.
         NotImplementedError: dropout_p is not 0.
     """
+    known = call_key(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if (call := kept_call(known)) is not None:
+        return repeat(call, (query, key, value, attn_mask))
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(_OP, name, x, FLOATS if x is query else (query.dtype,), like=query if x is not query else None)
     if attn_mask is not None:
@@ -56,9 +61,13 @@ def scaled_dot_product_attention(
     if dropout_p:
         raise NotImplementedError(f"bi_torch.{_OP}: dropout_p must be 0, got {dropout_p}")
     try:
-        layout_of(query, key, value, attn_mask, enable_gqa)
+        layout = layout_of(query, key, value, attn_mask, enable_gqa)
     except ValueError as error:
         raise RuntimeError(f"bi_torch.{_OP}: {error}") from None
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else math.inf
+    if known is not None:
+        call = new_call(known, layout, (query, key, value), attn_mask, is_causal, float(scale), enable_gqa)
+        if call is not None:
+            return repeat(call, (query, key, value, attn_mask))
     return attention(query, key, value, attn_mask, is_causal, float(scale), enable_gqa)

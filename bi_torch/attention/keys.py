@@ -71,14 +71,17 @@ def causal_keys(layout: AttentionLayout, device: torch.device) -> Keys:
 
 def mask_keys(mask: Tensor, admitted: Tensor) -> Keys:
     """The keys that a mask admits; `admitted` is what `read_mask` made of it."""
-    if not mask.is_cuda:  # nothing to wait for
-        return find_keys(admitted, look=Tensor.tolist)
-    if torch.cuda.is_current_stream_capturing():
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return find_keys(admitted, look=None)
-    if mask.is_inference():  # nothing tells of changes
-        return find_keys(admitted, look=Tensor.tolist)
+    return remember(mask, admitted.shape, lambda: find_keys(admitted, look=Tensor.tolist))
+
+
+def remember[T](mask: Tensor, more: tuple[Any, ...], find: Callable[[], T]) -> T:
+    """find(), which looks at the mask, or what it returned before for the same `more`, as long as the mask is what it was."""
+    if not mask.is_cuda or mask.is_inference():  # nothing to wait for, or nothing tells of changes
+        return find()
     stream = torch._C._cuda_getCurrentRawStream(mask.device.index)
-    return _SEEN.get(mask, (stream, admitted.shape), lambda: find_keys(admitted, look=Tensor.tolist))
+    return _SEEN.get(mask, (stream, *more), find)
 
 
 def find_keys(admitted: Tensor, look: Callable[[Tensor], list[bool]] | None) -> Keys:
@@ -108,12 +111,12 @@ class Seen:
     """What was found in masks that still live, by their memory and version."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[Any, ...], tuple[StorageWeakRef, Keys]] = {}
+        self._found: dict[tuple[Any, ...], tuple[StorageWeakRef, Any]] = {}
 
     def __len__(self) -> int:
         return len(self._found)
 
-    def get(self, mask: Tensor, more: tuple[Any, ...], find: Callable[[], Keys]) -> Keys:
+    def get[T](self, mask: Tensor, more: tuple[Any, ...], find: Callable[[], T]) -> T:
         """What `find` returned for this mask, which is called once as long as mask and `more` stay the same."""
         storage = StorageWeakRef(mask.untyped_storage())
         view = (mask.dtype, mask.storage_offset(), mask.shape, mask.stride())

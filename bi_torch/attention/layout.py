@@ -19,6 +19,11 @@ def split(x: Tensor, layout: AttentionLayout, own: Shape, *, groups: bool = True
     return x.reshape(*(leading if groups else leading[:1]), *tail)
 
 
+def is_in_order(layout: AttentionLayout) -> bool:
+    """Whether what is [N, G, L, D] is [*, L, D] with the layout's batch dimensions, too."""
+    return _entries_first(layout, layout.batch)[1] is None
+
+
 @lru_cache(maxsize=1 << 10)
 def _entries_first(layout: AttentionLayout, own: Shape) -> tuple[Shape, Shape | None, Shape]:
     """Batch dimensions repeated along the entries, their order with entries first if that is another one, and [N, G]."""

@@ -6,8 +6,8 @@ it. The gradient computes the scores again instead of keeping them.
 """
 
 import math
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bi_torch.attention import cuda
 from bi_torch.attention.keys import Keys, causal_keys, mask_keys, read_mask, row_order
 from bi_torch.attention.layout import join, split
 from bi_torch.gemm.library import gemm
@@ -47,28 +48,64 @@ class _Chunk(NamedTuple):
     keys: slice
 
 
-class _Operand(NamedTuple):
-    """Keys or values [N, Lk, D], and [N, 1, D] where each column has its first number that is not finite, a zero in x then.
+class Engine(NamedTuple):
+    """What a device does beside products and rows.
 
-    `first` is None where every row admits all keys, or has an order of its own.
+    Attributes:
+        values: x [N, K, D] with 0 for what is not finite, and int32 [N, parts, D] where each column has it first; the least
+            of its parts counts, K is nowhere.
+        settle: y [N, R, D], which may be changed, with NaN for what is not finite and where `first` is less than the length
+            [N, R] of a row, int32.
+    """
+
+    values: Callable[[Tensor], tuple[Tensor, Tensor]]
+    settle: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _values_on_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
+    finite = x.abs() < math.inf
+    place = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[:, None]
+    return torch.where(finite, x, 0), torch.where(finite, x.shape[1], place).amin(1, keepdim=True)
+
+
+def _settle_on_cpu(y: Tensor, first: Tensor, lengths: Tensor) -> Tensor:
+    return _only_finite(y.masked_fill_(first < lengths[..., None], math.inf))
+
+
+def _only_finite(y: Tensor) -> Tensor:
+    """y [N, R, D], contiguous, with NaN for what is not finite."""
+    return _finite_or_nan.on_views((y, y.dtype), lambda: (y.flatten(0, 1), y.dtype), lambda x: x.view(y.shape))
+
+
+CPU = Engine(_values_on_cpu, _settle_on_cpu)
+CUDA = Engine(cuda.values, cuda.settle)
+
+
+class _Operand(NamedTuple):
+    """Keys or values [N, Lk, D], and where they are not finite first, as `Engine.values` gives them.
+
+    `first` is None where every row admits all keys.
     """
 
     x: Tensor
     first: Tensor | None
 
-    @staticmethod
-    def of(x: Tensor) -> "_Operand":
-        finite = x.abs() < math.inf
-        place = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)[:, None]
-        return _Operand(torch.where(finite, x, 0), torch.where(finite, x.shape[1], place).amin(1, keepdim=True))
 
-
-class _Attention:
+class Attention:
     """The operands of a call on entries [N], groups [G] and queries, and the keys that they admit, in order."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, gqa: bool
+        self,
+        engine: Engine,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        gqa: bool,
     ) -> None:
+        self.engine = engine
         self.layout = layout = layout_of(query, key, value, attn_mask, gqa)
         self.query = split(query, layout, layout.query)
         self.key = split(key, layout, layout.key, groups=False)
@@ -93,8 +130,7 @@ class _Attention:
         cost = groups * keys
         if self.keys.by_row:
             cost += (groups if self._own_groups() else 1) * keys * max(self.key.shape[-1], self.value.shape[-1])
-        queries = max(1, min(length, CHUNK // cost, CAUSAL_BLOCK if self.is_causal else length))
-        entries = max(1, CHUNK // (cost * (length if whole else queries)))
+        entries, queries = _chunk_extents(length, cost, self.is_causal, whole)
         for i in range(0, n, entries):
             for j in range(0, length, queries):
                 end = min(j + queries, length)
@@ -112,7 +148,7 @@ class _Attention:
 
     def operand(self, x: Tensor) -> _Operand:
         """Keys or values as the right side of `product`."""
-        return _Operand(x, None) if self.keys.lengths is None or self.keys.by_row else _Operand.of(x)
+        return _Operand(x, None) if self.keys.lengths is None or self.keys.by_row else _Operand(*self.engine.values(x))
 
     def scores(self, x: Tensor, keys: Tensor, chunk: _Chunk, order: Tensor | None, alpha: float, bias: Tensor | None) -> Tensor:
         """float32 alpha * x [n, G, l, D] @ keys^T [N, D, Lk] + bias as [n, G, l, Lk], in the order of each row."""
@@ -142,16 +178,22 @@ class _Attention:
         if order is None:
             first = None if operand.first is None else _cut(operand.first, chunk.entries)
             weights, lengths = weights.flatten(1, 2), None if lengths is None else lengths.flatten(1, 2)
-            return _product(weights, _Operand(x, first), lengths, alpha).view(n, groups, queries, -1)
+            return self._product(weights, _Operand(x, first), lengths, alpha).view(n, groups, queries, -1)
         assert lengths is not None
         own = self._own_groups()
         order = order.expand(n, groups if own else 1, queries, order.shape[-1]).flatten(1, 3)
         x = x.gather(1, order[..., None].expand(*order.shape, x.shape[-1])).unflatten(1, (-1, weights.shape[-1])).flatten(0, 1)
+        operand = _Operand(*self.engine.values(x))
         if own:  # a product for each row
             weights, lengths = weights.flatten(0, 2)[:, None], lengths.flatten(0, 2)[:, None]
-            return _product(weights, _Operand.of(x), lengths, alpha).view(n, groups, queries, -1)
+            return self._product(weights, operand, lengths, alpha).view(n, groups, queries, -1)
         weights, lengths = weights.transpose(1, 2).flatten(0, 1), lengths.transpose(1, 2).flatten(0, 1)
-        return _product(weights, _Operand.of(x), lengths, alpha).view(n, queries, groups, -1).transpose(1, 2)
+        return self._product(weights, operand, lengths, alpha).view(n, queries, groups, -1).transpose(1, 2)
+
+    def _product(self, weights: Tensor, operand: _Operand, lengths: Tensor | None, alpha: float) -> Tensor:
+        """alpha * weights [U, R, K] @ operand [U, K, D]; NaN where a row admits a number that is not finite, or gives one."""
+        y = gemm(weights, operand.x, None, alpha, 1.0, operand.x.dtype)
+        return _only_finite(y) if operand.first is None or lengths is None else self.engine.settle(y, operand.first, lengths)
 
     def reached(self, x: Tensor) -> Tensor:
         """x [N, G, Lq, D] with zeros in the rows that admit no key."""
@@ -177,18 +219,22 @@ class _Attention:
         return x.expand(n, self.query.shape[1], queries, *x.shape[3:])
 
 
+def _chunk_extents(queries: int, cost: int, is_causal: bool, whole: bool = False) -> tuple[int, int]:
+    """Entries and queries of a chunk; `cost` is that of a query of an entry, which has `queries`."""
+    part = max(1, min(queries, CHUNK // cost, CAUSAL_BLOCK if is_causal else queries))
+    return max(1, CHUNK // (cost * (queries if whole else part))), part
+
+
+def is_one_chunk(layout: AttentionLayout, is_causal: bool) -> bool:
+    """Whether all of the work is one chunk, where no row has an order of its own."""
+    entries, queries = _chunk_extents(layout.queries, layout.group_count * layout.keys, is_causal)
+    return entries >= layout.entry_count and queries == layout.queries
+
+
 def _cut(x: Tensor, *parts: slice) -> Tensor:
     """x[parts], which costs nothing where they are whole dimensions."""
     whole = all(part.start == 0 and part.stop == n for part, n in zip(parts, x.shape, strict=False))
     return x if whole else x[parts]
-
-
-def _product(weights: Tensor, operand: _Operand, lengths: Tensor | None, alpha: float) -> Tensor:
-    """alpha * weights [U, R, K] @ operand [U, K, D]; NaN where a row admits a number that is not finite, or gives one."""
-    out = gemm(weights, operand.x, None, alpha, 1.0, operand.x.dtype)
-    if operand.first is not None and lengths is not None:
-        out.masked_fill_(operand.first < lengths[..., None], math.inf)
-    return _finite_or_nan.on_views((out, out.dtype), lambda: (out.flatten(0, 1), out.dtype), lambda y: y.view(out.shape))
 
 
 def layout_of(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool) -> AttentionLayout:
@@ -206,13 +252,20 @@ _known_layout = lru_cache(maxsize=1 << 10)(attention_layout)
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, enable_gqa: bool
+    engine: Engine,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    enable_gqa: bool,
 ) -> Tensor:
     layout = layout_of(query, key, value, attn_mask, enable_gqa)
     shape = (*layout.out, layout.queries, value.shape[-1])
     if not math.prod(shape) or not layout.keys:
         return query.new_zeros(shape)
-    call = _Attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    call = Attention(engine, query, key, value, attn_mask, is_causal, scale, enable_gqa)
     value_operand = call.operand(call.value)
     parts: dict[int, list[Tensor]] = {}
     for chunk in call.chunks():
@@ -235,6 +288,7 @@ def _fake(
 
 
 def _backward(
+    engine: Engine,
     g: Tensor,
     query: Tensor,
     key: Tensor,
@@ -246,7 +300,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     if not g.numel() or not key.shape[-2]:
         return tuple(x.zero_() for x in _fake_backward(g, query, key, value))
-    call = _Attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    call = Attention(engine, query, key, value, attn_mask, is_causal, scale, enable_gqa)
     g = split(g, call.layout, call.layout.batch)
     # What a row that admits no key holds does not matter: it may be NaN.
     query_rows, g_rows = (call.reached(x).transpose(1, 2) for x in (call.query, g))
@@ -278,12 +332,20 @@ def _backward(
 
 
 def _mask_backward(
-    g: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, is_causal: bool, scale: float, enable_gqa: bool
+    engine: Engine,
+    g: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    is_causal: bool,
+    scale: float,
+    enable_gqa: bool,
 ) -> Tensor:
     """The gradient of a float mask: that of the scores, summed where the mask was broadcast."""
     if not g.numel() or not key.shape[-2]:
         return _fake_mask_backward(g, query, key, value, attn_mask).zero_()
-    call = _Attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    call = Attention(engine, query, key, value, attn_mask, is_causal, scale, enable_gqa)
     layout = call.layout
     assert layout.mask is not None
     g = split(g, layout, layout.batch)
@@ -303,7 +365,7 @@ def _mask_backward(
     return ds.reshape(attn_mask.shape).contiguous()
 
 
-def _score_gradients(call: _Attention, g: Tensor, chunk: _Chunk, order: Tensor | None) -> tuple[Tensor, Tensor]:
+def _score_gradients(call: Attention, g: Tensor, chunk: _Chunk, order: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weights and the gradient of the scores, [n, G, l, Lk] each, for cotangents g [N, G, Lq, Ev]."""
     y = call.weights(chunk, order)
     dy = call.scores(call.rows(g, chunk), call.value, chunk, order, 1.0, None)
@@ -329,14 +391,14 @@ _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_ca
 
 _attention_backward = Op(
     f"scaled_dot_product_attention_backward(Tensor g, {_INPUTS}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)",
-    cpu=_backward,
-    cuda=_backward,
+    cpu=partial(_backward, CPU),
+    cuda=partial(_backward, CUDA),
     fake=_fake_backward,
 )
 _attention_mask_backward = Op(
     f"scaled_dot_product_attention_mask_backward(Tensor g, {_INPUTS.replace('?', '')}) -> Tensor dmask",
-    cpu=_mask_backward,
-    cuda=_mask_backward,
+    cpu=partial(_mask_backward, CPU),
+    cuda=partial(_mask_backward, CUDA),
     fake=_fake_mask_backward,
 )
 
@@ -355,8 +417,8 @@ def _gradient(saved: SimpleNamespace, cotangents: SimpleNamespace) -> dict[str, 
 
 attention = Op(
     f"scaled_dot_product_attention({_INPUTS}) -> Tensor y",
-    cpu=_forward,
-    cuda=_forward,
+    cpu=partial(_forward, CPU),
+    cuda=partial(_forward, CUDA),
     fake=_fake,
     keep=("query", "key", "value", "attn_mask"),
     gradient=_gradient,

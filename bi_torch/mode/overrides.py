@@ -120,7 +120,7 @@ def _kernel(name: str, key: str, function: Function, refuse: Callable[..., None]
             outside, device = THREAD.device, call_device(keyset)
             THREAD.device = device
             try:
-                result = repeated(args) if device == "cuda" and not kwargs else function(*args, **kwargs)
+                result = repeated(args, kwargs) if device == "cuda" else function(*args, **kwargs)
             finally:
                 THREAD.device = outside
             if result is not NotImplemented:

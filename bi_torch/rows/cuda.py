@@ -132,12 +132,15 @@ class _Call:
 
 
 @dataclass
-class _Launch:
-    """A kernel with everything but its tensors and scalars; `run` is filled in by the first launch."""
+class Launch:
+    """A kernel with everything but its tensors and scalars, which `arguments` knows from what a call is.
+
+    `run` is filled in by the first launch.
+    """
 
     kernel: Any
     grid: int
-    arguments: Callable[[_Call], tuple[Any, ...]]
+    arguments: Callable[[Any], tuple[Any, ...]]
     warps: int
     registers: int | None = None
     run: Callable[..., None] | None = None
@@ -147,7 +150,7 @@ class _Launch:
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False, **limit}
 
-    def __call__(self, device: int, call: _Call) -> None:
+    def __call__(self, device: int, call: Any) -> None:
         """Launch on the current stream of the current device; a profiler's hooks see a full launch."""
         arguments = self.arguments(call)
         if self.run is None or triton.knobs.runtime.launch_enter_hook.calls:
@@ -170,7 +173,7 @@ class Plan:
         words: size of an int64 buffer of zeros.
     """
 
-    launches: list[_Launch]
+    launches: list[Launch]
     outputs: list[tuple[str, tuple[int, ...], torch.dtype]]
     workspace: list[int]
     contiguous: list[int]
@@ -345,7 +348,7 @@ def _rows_plan(
             rows, n // unit, *constants, cover.full_chunks(n), schedule.block_rows, cover.segments, cover.chunks, cover.lanes,
             cover.piece, ROW_CONTRACT.segment, schedule.persistent,
         )  # fmt: skip
-        plan.launches.append(_Launch(triton_kernels.rows_resident, grid, lambda call: (*tensors(call), *tail), schedule.warps))
+        plan.launches.append(Launch(triton_kernels.rows_resident, grid, lambda call: (*tensors(call), *tail), schedule.warps))
     elif schedule.cooperative:
         _add_shared(plan, shape, schedule, kinds, constants, vector, tensors)
     else:
@@ -379,7 +382,7 @@ def _add_shared(
 
     held = sum(x.itemsize for x in shape.given[: shape.elements])
     limit = register_limit(held, outputs=any(len(extents) > 1 for _, extents, _ in plan.outputs))
-    plan.launches.append(_Launch(rows_shared, rows * segments, arguments, schedule.warps, limit))
+    plan.launches.append(Launch(rows_shared, rows * segments, arguments, schedule.warps, limit))
 
 
 def _add_stages(
@@ -416,18 +419,18 @@ def _add_stages(
         cover.segments, cover.chunks, cover.lanes, cover.piece, ROW_CONTRACT.segment, power_of_two(counts[-1]),
     )  # fmt: skip
 
-    def stages(first: int, end: int) -> _Launch:
+    def stages(first: int, end: int) -> Launch:
         def arguments(call: _Call) -> tuple[Any, ...]:
             return (*tensors(call), buffers(call, 0), buffers(call, len(counts) - 1), *tail, first, end, index)
 
-        return _Launch(triton_kernels.rows_staged, blocks * per_row, arguments, schedule.warps)
+        return Launch(triton_kernels.rows_staged, blocks * per_row, arguments, schedule.warps)
 
-    def combination(stage: int, level: int) -> _Launch:
+    def combination(stage: int, level: int) -> Launch:
         def arguments(call: _Call) -> tuple[Any, ...]:
             source, target = buffers(call, level)[stage], buffers(call, level + 1)[stage]
             return (source, target, counts[level], counts[level + 1], kinds[stage], _COMBINED)
 
-        return _Launch(triton_kernels.combine, rows * counts[level + 1], arguments, 4)
+        return Launch(triton_kernels.combine, rows * counts[level + 1], arguments, 4)
 
     if single:
         plan.launches.append(stages(0, last))
@@ -448,7 +451,7 @@ def _components(kind: str) -> int:
     return 2 if kind == "sum_exp" else 1
 
 
-def _pointwise_launch(shape: _Shape, operands: Sequence[torch.Tensor | torch.dtype]) -> _Launch:
+def _pointwise_launch(shape: _Shape, operands: Sequence[torch.Tensor | torch.dtype]) -> Launch:
     total = shape.rows * shape.n
     vector = _vector(*operands)
     warps, repeat = 8, max(1, 8 // (vector * shape.elements))
@@ -458,7 +461,7 @@ def _pointwise_launch(shape: _Shape, operands: Sequence[torch.Tensor | torch.dty
     def arguments(call: _Call) -> tuple[Any, ...]:
         return (call.inputs, call.scalars, call.integers, tuple(call.outputs.values()), *tail)
 
-    return _Launch(triton_kernels.pointwise, triton.cdiv(total, block * repeat), arguments, warps)
+    return Launch(triton_kernels.pointwise, triton.cdiv(total, block * repeat), arguments, warps)
 
 
 def _columns_plan(
@@ -499,17 +502,17 @@ def _columns_plan(
         elements, columns, per_row, _ = parts(call)
         return (elements, strides, columns, per_row, call.scalars, results(call, 0), *tail)
 
-    def tree(level: int) -> _Launch:
+    def tree(level: int) -> Launch:
         size = min(_MOST_COLUMNS_COUNT, power_of_two(counts[level]))
         width = min(power_of_two(n), 32)
 
         def arguments(call: _Call) -> tuple[Any, ...]:
             return (results(call, level), results(call, level + 1), counts[level], n, size, width)
 
-        return _Launch(triton_kernels.column_tree, counts[level + 1] * triton.cdiv(n, width), arguments, 4)
+        return Launch(triton_kernels.column_tree, counts[level + 1] * triton.cdiv(n, width), arguments, 4)
 
     warps = schedule.warps if schedule else 4
-    plan.launches.append(_Launch(triton_kernels.column_sums, counts[0] * blocks_n, sums, warps))
+    plan.launches.append(Launch(triton_kernels.column_sums, counts[0] * blocks_n, sums, warps))
     plan.launches += [tree(level) for level in range(len(counts) - 1)]
     return plan
 

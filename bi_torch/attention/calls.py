@@ -1,0 +1,227 @@
+"""Calls that are a few launches: attention on a GPU whose work is one chunk, where no gradient is recorded.
+
+What depends on shapes alone is decided once and kept, as for products (`bi_torch.gemm.library`) and rows: which launches, with
+which schedules, on which views. No tensor is kept but what was found in a mask, and that as long as the mask lives.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bi_torch.attention import library
+from bi_torch.attention.cuda import Settle, Take
+from bi_torch.attention.keys import remember
+from bi_torch.attention.layout import is_in_order, split
+from bi_torch.device import bind_context, new_tensor
+from bi_torch.direct import kernel_device, signature
+from bi_torch.gemm import cuda as products
+from bi_torch.gemm.library import DTYPE_NAMES
+from bi_torch.rows import cuda as rows
+from bi_torch.stock import runs_stock
+from shared_specs import gemm_contract
+from shared_specs.attention import AttentionLayout
+from shared_specs.programs.attention import attention_softmax
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Launches:
+    """What is launched for operands [N, R, E], [N, K, E] and [N, K, Ev].
+
+    Attributes:
+        key, value: copies of them, where the products cannot read what is there.
+        shape: of the output.
+        settle: what is not finite, where rows do not admit all keys; else it is in the product.
+    """
+
+    key: Take | None
+    value: Take | None
+    scores: products.Plan
+    softmax: rows.Plan
+    product: products.Plan
+    settle: Settle | None
+    scores_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        shape: tuple[int, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Tensor | None,
+        order: Tensor | None,
+        causal: tuple[int, int] | None,
+        scale: float,
+    ) -> "_Launches":
+        """`lengths` and `order` of all rows and entries for a mask; `causal`: all rows, and the queries among them."""
+        contract, device, dtype = gemm_contract(DTYPE_NAMES[query.dtype]), query.device, query.dtype
+        (n, r, _), (_, k, d) = query.shape, value.shape
+        take_key = take_value = settle = None
+        if order is not None:
+            take_key = Take.of(key, order, finite=False)
+            key = new_tensor(take_key.shape, dtype, device)
+        if lengths is not None or causal is not None:
+            take_value = Take.of(value, order, finite=True, causal=causal)
+            value = new_tensor(take_value.shape, dtype, device)
+            assert take_value.first is not None
+            settle = Settle.of((n, r, d), take_value.first[1])
+            lengths = new_tensor((n * r,), torch.int32, device)
+        scores, out = new_tensor((n, r, k), torch.float32, device), new_tensor((n, r, d), dtype, device)
+        given = [scores.view(n * r, k)] if lengths is None else [scores.view(n * r, k), lengths]
+        return _Launches(
+            take_key,
+            take_value,
+            products.plan_of(query, key.mT, None, scores, scale, contract),
+            rows.prepare(attention_softmax(lengths is not None), given, {"y": dtype}),
+            products.plan_of(new_tensor((n, r, k), dtype, device), value, None, out, 1.0, contract, finite=settle is None),
+            settle,
+            (n, r, k),
+            shape,
+        )
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, order: Tensor | None, scale: float
+    ) -> Tensor:
+        """On the current stream of the current device, which is that of the tensors."""
+        device, first = query.get_device(), None
+        if self.key is not None:
+            key, _, _ = self.key(device, key, order)
+        if self.value is not None:
+            value, first, causal = self.value(device, value, order)
+            lengths = causal if lengths is None else lengths
+        scores = new_tensor(self.scores_shape, torch.float32, query.device)
+        self.scores.launch(query, key, None, scores, scale, 1.0)
+        weights = self.softmax.run([scores] if lengths is None else [scores, lengths], (), ())["y"]
+        out = new_tensor(self.shape, query.dtype, query.device)
+        self.product.launch(weights, value, None, out, 1.0, 1.0)
+        if self.settle is not None and first is not None and lengths is not None:
+            self.settle(device, out, first, lengths)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Attention for all arguments of one key.
+
+    Attributes:
+        copied: whether query, key or value have to be copied to be [N, *, *].
+        launches: by whether the mask has an order of keys.
+    """
+
+    layout: AttentionLayout
+    copied: bool
+    is_causal: bool
+    scale: float
+    enable_gqa: bool
+    launches: dict[bool, _Launches] = field(default_factory=dict)
+
+    def __call__(self, given: Sequence[Any]) -> Tensor:
+        query, key, value, mask = given
+        lengths = order = None
+        if mask is not None:
+            found = None
+            if not (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+                found = remember(mask, (self,), lambda: self._rows(query, key, value, mask))
+            if found is None:
+                return library.attention(*given, self.is_causal, self.scale, self.enable_gqa)
+            lengths, order = found
+        bind_context()
+        launches = self.launches.get(order is not None)
+        if launches is None or self.copied:
+            query, key, value = self.operands(query, key, value)
+        device = query.get_device()
+        if device == torch._C._cuda_getDevice():
+            return self._launch(launches, query, key, value, lengths, order)
+        with torch.cuda.device(device):
+            return self._launch(launches, query, key, value, lengths, order)
+
+    def _launch(
+        self,
+        launches: _Launches | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Tensor | None,
+        order: Tensor | None,
+    ) -> Tensor:
+        if launches is None:
+            shape = (*self.layout.out, self.layout.queries, value.shape[-1])
+            causal = (query.shape[0] * query.shape[1], self.layout.queries) if self.is_causal else None
+            launches = _Launches.of(shape, query, key, value, lengths, order, causal, self.scale)
+            self.launches[order is not None] = launches
+        return launches(query, key, value, lengths, order, self.scale)
+
+    def operands(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """[N, R, E], [N, K, E] and [N, K, Ev]; of causal attention without the keys that no query admits."""
+        layout = self.layout
+        query = split(query, layout, layout.query).flatten(1, 2)
+        key, value = split(key, layout, layout.key, groups=False), split(value, layout, layout.value, groups=False)
+        if self.is_causal and layout.queries < layout.keys:
+            key, value = key[:, : layout.queries], value[:, : layout.queries]
+        return [query, key, value]
+
+    @runs_stock
+    def _rows(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """The lengths of all rows, and the order of the keys of all entries, int32; None if every row has its own order."""
+        call = library.Attention(library.CUDA, query, key, value, mask, self.is_causal, self.scale, self.enable_gqa)
+        if call.keys.by_row:
+            return None
+        (chunk,) = call.chunks()
+        lengths = call.lengths(chunk)
+        assert lengths is not None
+        order = None if call.order is None else call.order[..., 0].to(torch.int32).contiguous()
+        return lengths.reshape(-1).contiguous(), order
+
+
+CALLS: dict[Key, Call] = {}
+_MOST_CALLS = 1 << 12
+
+
+def call_key(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Key | None:
+    """What decides how a call is made, and whether it may; None where it cannot be mere launches."""
+    tensors = query, key, value, attn_mask
+    if kernel_device(tensors) != "cuda" or dropout_p or type(scale) not in (float, int, type(None)):
+        return None
+    return *map(signature, tensors), bool(is_causal), None if scale is None else float(scale).hex(), bool(enable_gqa)
+
+
+def kept_call(key: Key | None) -> Call | None:
+    """The call of a key, if it was made before; its arguments were checked then."""
+    return None if key is None else CALLS.get(key)
+
+
+def new_call(
+    key: Key,
+    layout: AttentionLayout,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    enable_gqa: bool,
+) -> Call | None:
+    """The call of a key, of arguments that were checked; None if it is no mere launches."""
+    if not all(x.numel() for x in tensors) or not is_in_order(layout) or not library.is_one_chunk(layout, is_causal):
+        return None
+    if attn_mask is not None and attn_mask.dtype is not torch.bool:
+        return None
+    call = Call(layout, False, is_causal, scale, enable_gqa)
+    if any(x.data_ptr() != y.data_ptr() for x, y in zip(tensors, call.operands(*tensors), strict=True)):
+        call = replace(call, copied=True)
+    if len(CALLS) >= _MOST_CALLS:
+        CALLS.clear()
+    CALLS[key] = call
+    return call
