@@ -231,6 +231,48 @@ def test_attention_looks_at_its_mask_in_every_call(request):
     assert len(calls.CALLS) <= 1  # none, where the mode has kept the call since another test
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_has_the_bits_of_a_cpu(name):
+    """The first call, a repeated one, and both in a CUDA graph that is replayed with other operands."""
+    _, operands, options = ATTENTIONS[name]
+    there = [x.cuda() for x in operands]
+
+    def attend(operands):
+        return F.scaled_dot_product_attention(*operands, **options)
+
+    with set_batch_invariant_mode(), torch.no_grad():
+        for _ in range(2):
+            assert_same(attend(there).cpu(), attend(operands))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = attend(there), attend(there)
+        others = (*(x.flip(-1) for x in operands[:3]), *operands[3:])
+        for x, other in zip(there, others, strict=True):
+            x.copy_(other)
+        graph.replay()
+        for result in results:
+            assert_same(result.cpu(), attend(others))
+
+
+@pytest.mark.gpu
+def test_attention_looks_again_at_a_mask_that_was_changed():
+    """In place, with what the kept call found before, and in another stream."""
+    there, mask = [x.cuda() for x in (QUERY, KEY, VALUE)], LEFT.cuda()
+    with set_batch_invariant_mode(), torch.no_grad():
+        for admitted in (LEFT, LEFT.flip(0), CAUSAL.expand(LEFT.shape), LEFT.roll(3, -1) | ~LEFT):
+            mask.copy_(admitted)
+            expected = F.scaled_dot_product_attention(QUERY, KEY, VALUE, admitted, enable_gqa=True)
+            for _ in range(2):
+                assert_same(F.scaled_dot_product_attention(*there, mask, enable_gqa=True).cpu(), expected)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                y = F.scaled_dot_product_attention(*there, mask, enable_gqa=True)
+            stream.synchronize()
+            assert_same(y.cpu(), expected)
+
+
 @pytest.mark.parametrize("name", ["causal", "left padding", "any"])
 def test_attention_in_chunks_and_its_gradients(name, monkeypatch, request):
     """The kernels around the products, as the general path launches them."""
