@@ -4,8 +4,9 @@ What depends on shapes alone is decided once and kept, as for products (`bi_torc
 which schedules, on which views. No tensor is kept but what was found in a mask, and that as long as the mask lives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,12 +110,12 @@ class Call:
     """Attention for all arguments of one key.
 
     Attributes:
-        copied: whether query, key or value have to be copied to be [N, *, *].
+        copies: how query, key and value come to be [N, *, *] in memory, None where they are; empty if all are.
         launches: by whether the mask has an order of keys.
     """
 
     layout: AttentionLayout
-    copied: bool
+    copies: tuple[Callable[[Tensor], Tensor] | None, ...]
     is_causal: bool
     scale: float
     enable_gqa: bool
@@ -132,8 +133,12 @@ class Call:
             lengths, order = found
         bind_context()
         launches = self.launches.get(order is not None)
-        if launches is None or self.copied:
+        if launches is None:
             query, key, value = self.operands(query, key, value)
+        elif self.copies:
+            query, key, value = [
+                x if copy is None else copy(x) for copy, x in zip(self.copies, (query, key, value), strict=True)
+            ]
         device = query.get_device()
         if device == torch._C._cuda_getDevice():
             return self._launch(launches, query, key, value, lengths, order)
@@ -218,10 +223,19 @@ def new_call(
         return None
     if attn_mask is not None and attn_mask.dtype is not torch.bool:
         return None
-    call = Call(layout, False, is_causal, scale, enable_gqa)
-    if any(x.data_ptr() != y.data_ptr() for x, y in zip(tensors, call.operands(*tensors), strict=True)):
-        call = replace(call, copied=True)
+    call = Call(layout, (), is_causal, scale, enable_gqa)
+    viewed = [x.data_ptr() == y.data_ptr() for x, y in zip(tensors, call.operands(*tensors), strict=True)]
+    if not all(viewed):
+        own = layout.query, layout.key, layout.value
+        call = replace(call, copies=tuple(None if seen else _copy(layout, n) for seen, n in zip(viewed, own, strict=True)))
     if len(CALLS) >= _MOST_CALLS:
         CALLS.clear()
     CALLS[key] = call
     return call
+
+
+def _copy(layout: AttentionLayout, own: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """A function that makes an operand of batch dimensions `own` [N, *, *] in memory, for a layout that is in order."""
+    if layout.expanded(own) == own:
+        return Tensor.contiguous
+    return partial(split, layout=layout, own=own)
