@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bi_torch.attention import library
 from bi_torch.attention.cuda import Settle, Take
-from bi_torch.attention.keys import remember
+from bi_torch.attention.keys import read_mask, remember
 from bi_torch.attention.layout import is_in_order, split
 from bi_torch.device import bind_context, new_tensor
 from bi_torch.direct import kernel_device, signature
@@ -127,7 +127,7 @@ class Call:
         if mask is not None:
             found = None
             if not (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-                found = remember(mask, (self,), lambda: self._rows(query, key, value, mask))
+                found = remember(mask, (self,), lambda: self._rows(mask))
             if found is None:
                 return library.attention(*given, self.is_causal, self.scale, self.enable_gqa)
             lengths, order = found
@@ -171,16 +171,15 @@ class Call:
         return [query, key, value]
 
     @runs_stock
-    def _rows(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def _rows(self, mask: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """The lengths of all rows, and the order of the keys of all entries, int32; None if every row has its own order."""
-        call = library.Attention(library.CUDA, query, key, value, mask, self.is_causal, self.scale, self.enable_gqa)
-        if call.keys.by_row:
+        layout, of_mask = self.layout, read_mask(mask, self.layout)
+        keys = library.mask_keys(mask, of_mask.admitted)
+        if keys.by_row or keys.lengths is None:
             return None
-        (chunk,) = call.chunks()
-        lengths = call.lengths(chunk)
-        assert lengths is not None
-        order = None if call.order is None else call.order[..., 0].to(torch.int32).contiguous()
-        return lengths.reshape(-1).contiguous(), order
+        order = None if keys.order is None else keys.order.index_select(0, of_mask.owner).to(torch.int32)
+        lengths = keys.lengths.index_select(0, of_mask.owner)
+        return lengths.expand(layout.entry_count, layout.group_count, layout.queries).reshape(-1).contiguous(), order
 
 
 CALLS: dict[Key, Call] = {}

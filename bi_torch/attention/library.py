@@ -91,7 +91,7 @@ class _Operand(NamedTuple):
     first: Tensor | None
 
 
-class Attention:
+class _Attention:
     """The operands of a call on entries [N], groups [G] and queries, and the keys that they admit, in order."""
 
     def __init__(
@@ -265,7 +265,7 @@ def _forward(
     shape = (*layout.out, layout.queries, value.shape[-1])
     if not math.prod(shape) or not layout.keys:
         return query.new_zeros(shape)
-    call = Attention(engine, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    call = _Attention(engine, query, key, value, attn_mask, is_causal, scale, enable_gqa)
     value_operand = call.operand(call.value)
     parts: dict[int, list[Tensor]] = {}
     for chunk in call.chunks():
@@ -300,7 +300,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     if not g.numel() or not key.shape[-2]:
         return tuple(x.zero_() for x in _fake_backward(g, query, key, value))
-    call = Attention(engine, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    call = _Attention(engine, query, key, value, attn_mask, is_causal, scale, enable_gqa)
     g = split(g, call.layout, call.layout.batch)
     # What a row that admits no key holds does not matter: it may be NaN.
     query_rows, g_rows = (call.reached(x).transpose(1, 2) for x in (call.query, g))
@@ -345,7 +345,7 @@ def _mask_backward(
     """The gradient of a float mask: that of the scores, summed where the mask was broadcast."""
     if not g.numel() or not key.shape[-2]:
         return _fake_mask_backward(g, query, key, value, attn_mask).zero_()
-    call = Attention(engine, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    call = _Attention(engine, query, key, value, attn_mask, is_causal, scale, enable_gqa)
     layout = call.layout
     assert layout.mask is not None
     g = split(g, layout, layout.batch)
@@ -365,7 +365,7 @@ def _mask_backward(
     return ds.reshape(attn_mask.shape).contiguous()
 
 
-def _score_gradients(call: Attention, g: Tensor, chunk: _Chunk, order: Tensor | None) -> tuple[Tensor, Tensor]:
+def _score_gradients(call: _Attention, g: Tensor, chunk: _Chunk, order: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weights and the gradient of the scores, [n, G, l, Lk] each, for cotangents g [N, G, Lq, Ev]."""
     y = call.weights(chunk, order)
     dy = call.scores(call.rows(g, chunk), call.value, chunk, order, 1.0, None)
