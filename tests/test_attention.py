@@ -13,8 +13,8 @@ from torch.library import opcheck
 
 import bi_jax.attention.op
 import bi_torch
+from bi_torch.attention import calls, library
 from bi_torch.attention import keys as key_orders
-from bi_torch.attention import library
 from shared_specs.attention import attention_layout
 from shared_specs.formats import FORMATS
 from shared_specs.reference.attention import attention, attention_gradients
@@ -120,6 +120,7 @@ def expected(dtype, mask, is_causal, scale, tensors, cotangent):
 def path(monkeypatch, name):
     """Small chunks, or an order for every row, as while a CUDA graph is captured."""
     with monkeypatch.context() as patch:
+        patch.setattr(calls, "CALLS", {})
         if name == "chunks":
             patch.setattr(library, "CHUNK", 7 * LK)
             patch.setattr(library, "CAUSAL_BLOCK", 2)

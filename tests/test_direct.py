@@ -294,6 +294,11 @@ def test_attention_in_chunks_and_its_gradients(name, monkeypatch, request):
     assert counts["launched"] > 10
     for x, y in zip(actual, expected, strict=True):
         assert_same(x, y)
+    monkeypatch.setattr(attention_library, "CHUNK", 1 << 27)
+    monkeypatch.setattr(attention_library, "CAUSAL_BLOCK", 512)
+    with torch.no_grad():
+        assert_same(attention_library.attention(*arguments), expected[0])
+    assert len(calls.CALLS) == 1
 
 
 @pytest.mark.gpu

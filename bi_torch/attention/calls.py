@@ -129,7 +129,7 @@ class Call:
             if not (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
                 found = remember(mask, (self,), lambda: self._rows(mask))
             if found is None:
-                return library.attention(*given, self.is_causal, self.scale, self.enable_gqa)
+                return self._by_chunks(query, key, value, mask)
             lengths, order = found
         bind_context()
         launches = self.launches.get(order is not None)
@@ -171,6 +171,10 @@ class Call:
         return [query, key, value]
 
     @runs_stock
+    def _by_chunks(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        return library.by_chunks(library.CUDA, query, key, value, mask, self.is_causal, self.scale, self.enable_gqa)
+
+    @runs_stock
     def _rows(self, mask: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """The lengths of all rows, and the order of the keys of all entries, int32; None if every row has its own order."""
         layout, of_mask = self.layout, read_mask(mask, self.layout)
@@ -200,7 +204,25 @@ def call_key(
     tensors = query, key, value, attn_mask
     if kernel_device(tensors) != "cuda" or dropout_p or type(scale) not in (float, int, type(None)):
         return None
+    return _key(tensors, is_causal, scale, enable_gqa)
+
+
+def _key(tensors: tuple[Tensor | None, ...], is_causal: bool, scale: float | None, enable_gqa: bool) -> Key:
     return *map(signature, tensors), bool(is_causal), None if scale is None else float(scale).hex(), bool(enable_gqa)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, enable_gqa: bool
+) -> Tensor:
+    """The op on a GPU."""
+    known = _key((query, key, value, attn_mask), is_causal, scale, enable_gqa)
+    call = CALLS.get(known)
+    if call is None:
+        layout = library.layout_of(query, key, value, attn_mask, enable_gqa)
+        call = new_call(known, layout, (query, key, value), attn_mask, is_causal, scale, enable_gqa)
+    if call is None:
+        return library.by_chunks(library.CUDA, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    return call((query, key, value, attn_mask))
 
 
 def kept_call(key: Key | None) -> Call | None:

@@ -251,7 +251,7 @@ def layout_of(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
 _known_layout = lru_cache(maxsize=1 << 10)(attention_layout)
 
 
-def _forward(
+def by_chunks(
     engine: Engine,
     query: Tensor,
     key: Tensor,
@@ -261,6 +261,7 @@ def _forward(
     scale: float,
     enable_gqa: bool,
 ) -> Tensor:
+    """The op, one chunk after the other."""
     layout = layout_of(query, key, value, attn_mask, enable_gqa)
     shape = (*layout.out, layout.queries, value.shape[-1])
     if not math.prod(shape) or not layout.keys:
@@ -274,6 +275,12 @@ def _forward(
         parts.setdefault(chunk.entries.start, []).append(y)
     rows = _concatenated([_concatenated(part, 2) for part in parts.values()], 0)
     return join(rows, layout, layout.batch, shape).contiguous()
+
+
+def _forward_on_cuda(*arguments: Any) -> Tensor:
+    from bi_torch.attention import calls  # which knows this module
+
+    return calls.forward(*arguments)
 
 
 def _concatenated(parts: list[Tensor], dim: int) -> Tensor:
@@ -417,8 +424,8 @@ def _gradient(saved: SimpleNamespace, cotangents: SimpleNamespace) -> dict[str, 
 
 attention = Op(
     f"scaled_dot_product_attention({_INPUTS}) -> Tensor y",
-    cpu=partial(_forward, CPU),
-    cuda=partial(_forward, CUDA),
+    cpu=partial(by_chunks, CPU),
+    cuda=_forward_on_cuda,
     fake=_fake,
     keep=("query", "key", "value", "attn_mask"),
     gradient=_gradient,
