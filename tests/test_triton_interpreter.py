@@ -26,7 +26,7 @@ def _no_gpu(monkeypatch):
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: MULTIPROCESSORS)
 
 
-def run(a, b, bias, alpha, beta, out, contract, schedule, finite):
+def run(a, b, bias, alpha, beta, out, contract, schedule, finite=False):
     """Launch what the CUDA path would launch, in the interpreter; operands are [B, M, K] and [B, K, N]."""
     plan = cuda._plan(a, b, bias, out, alpha != 1.0, contract, schedule, finite)
     with gpu_arithmetic():
