@@ -1,4 +1,4 @@
-"""Calls that are a few launches: attention on a GPU whose work is one chunk, where no gradient is recorded.
+"""Calls that are a few launches: attention on a GPU whose work is one chunk, without a mask or with a boolean one.
 
 What depends on shapes alone is decided once and kept, as for products (`bi_torch.gemm.library`) and rows: which launches, with
 which schedules, on which views. No tensor is kept but what was found in a mask, and that as long as the mask lives.
@@ -242,7 +242,7 @@ def new_call(
     """The call of a key, of arguments that were checked; None if it is no mere launches."""
     if not all(x.numel() for x in tensors) or not is_in_order(layout) or not library.is_one_chunk(layout, is_causal):
         return None
-    if attn_mask is not None and attn_mask.dtype is not torch.bool:
+    if attn_mask is not None and (is_causal or attn_mask.dtype is not torch.bool):
         return None
     call = Call(layout, (), is_causal, scale, enable_gqa)
     viewed = [x.data_ptr() == y.data_ptr() for x, y in zip(tensors, call.operands(*tensors), strict=True)]
