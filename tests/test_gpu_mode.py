@@ -68,8 +68,6 @@ CALLS = {
     "softmax": lambda x: x.softmax(-1),
     "layer_norm": lambda x: F.layer_norm(x, (64,), x[0], x[0]),
     "silu": F.silu,
-    "attention": lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
-    "causal attention": lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3, is_causal=True),
     "embedding": lambda x: F.embedding(x[:, 0].long().clamp(0, 9), x),
 }
 
