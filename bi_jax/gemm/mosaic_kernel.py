@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bi_jax import exact
+from bi_jax.branch import when
 from shared_specs.contract import GemmContract
 from shared_specs.schedule import GemmSchedule
 
@@ -284,13 +285,13 @@ def kernel(plan: Plan, batch: int, m: int, n: int, k: int, padded_n: int) -> Cal
         def tile_at(i: Any) -> tuple[Any, Any, Any]:
             return _tile(cta + i * ctas, tiles_m, tiles_n, s.group_m)
 
-        @pl.when(warpgroup == plan.warpgroups)
+        @when(warpgroup == plan.warpgroups)
         def _() -> None:
             if plan.crowded:
                 plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
             _load(plan, a, b, scratch, local_tiles, steps, tile_at)
 
-        @pl.when(warpgroup < plan.warpgroups)
+        @when(warpgroup < plan.warpgroups)
         def _() -> None:
             if plan.crowded:
                 plgpu.set_max_registers(_compute_registers(plan.warpgroups), action="increase")
@@ -327,7 +328,7 @@ def _load(plan: Plan, a: Ref, b: Ref, scratch: dict[str, Ref], local_tiles: Any,
             count = i * steps + k
             slot = lax.rem(count, jnp.int32(s.stages))
 
-            @pl.when(count >= s.stages)
+            @when(count >= s.stages)
             def _() -> None:
                 plgpu.barrier_wait(empty.at[slot])
 
@@ -390,7 +391,7 @@ def _chain(plan: Plan, full: Ref, empty: Ref, first: Any, steps: int, multiply: 
                 multiply(acc, slot, j, 0, 0)
             plgpu.wgmma_wait(plan.slabs)
 
-            @pl.when(k > 0)
+            @when(k > 0)
             def _() -> None:
                 plgpu.barrier_arrive(empty.at[lax.rem(first + k - 1, stages)])
 

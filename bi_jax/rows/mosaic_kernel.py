@@ -32,6 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from bi_jax.branch import when
 from bi_jax.rows.formulas import FILL, Combination, Formulas, Stage, Step, fold, row_formulas
 from bi_jax.rows.ptx import Level, Node
 from bi_jax.rows.values import WARP, Chunk, Scope, dtype_of, over_threads, tree
@@ -275,7 +276,7 @@ class Worker:
         branches += [(worker >= self.plan.segments, [])] if self.plan.workers > self.plan.segments else []
         for condition, lengths in branches:
 
-            @pl.when(condition)
+            @when(condition)
             def _(lengths: list[int] = lengths) -> None:
                 scope = self.row(call, row)
                 held = [(worker, *self._segment(scope, row, at, worker, length)) for length in lengths]
@@ -293,7 +294,7 @@ class Worker:
             if phase == len(stages):
                 scope.prepare_for(self.outputs)
                 self.each_segment(scope, row, at, worker, held, lambda _, part, chunks: self._store_segment(part, row, chunks))
-                pl.when(worker == 0)(lambda: self.store_row(scope, row))
+                when(worker == 0)(lambda: self.store_row(scope, row))
             else:
                 scope.prepare_for([stages[phase].steps[0].value])
                 self.each_segment(scope, row, at, worker, held, functools.partial(self._partial, phase, at))
@@ -317,7 +318,7 @@ class Worker:
             count = lax.div(whole - worker + plan.workers - 1, jnp.int32(plan.workers))
             pl.loop(0, count)(lambda i: segment(worker + i * plan.workers, SEGMENT))
         if rest:
-            pl.when(worker == whole % plan.workers)(lambda: segment(jnp.int32(whole), rest))
+            when(worker == whole % plan.workers)(lambda: segment(jnp.int32(whole), rest))
 
     def _segment(self, scope: Scope, row: Any, at: Any, index: Any, length: int) -> tuple[Scope, list[Chunk]]:
         """The scopes of a segment and of its chunks."""
@@ -476,7 +477,7 @@ class Worker:
                 StoreValue(self.plan.place(1))(self.out_refs[name], row, 0, value)
 
         if roots:
-            (pl.when(FirstWarp()() != 0) if self.plan.lanes == CHUNK else lambda run: run())(store)
+            (when(FirstWarp()() != 0) if self.plan.lanes == CHUNK else lambda run: run())(store)
 
 
 def _lanes(n: int) -> int:
@@ -546,7 +547,7 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
                 plgpu.barrier_arrive(scratch["meeting"].at[slot])
                 plgpu.barrier_wait(scratch["meeting"].at[slot])
 
-            @pl.when(row < plan.rows)
+            @when(row < plan.rows)
             def _() -> None:
                 worker.long_row(call, row, slot if shared else row, part * plan.row_warpgroups + member, phases, meet)
                 if shared and plan.grid < plan.row_groups:
@@ -562,7 +563,7 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
             last = dataclasses.replace(plan, rows=plan.rows + 1, tail=0)
             rest = Worker(last, refs, out_refs, partials, *own)
 
-            @pl.when((block == 0) & (warpgroup == 0))
+            @when((block == 0) & (warpgroup == 0))
             def _() -> None:
                 scope = rest.row(call, plan.rows)
                 rest.store(scope, plan.rows, [rest.chunk(scope, plan.rows, 0, plan.tail)])
