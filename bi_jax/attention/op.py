@@ -17,10 +17,12 @@ from jax import lax
 
 from bi_jax.attention.keys import Keys, read_mask, row_order, with_keys
 from bi_jax.attention.layout import join, split
+from bi_jax.float64 import storage_bits
 from bi_jax.gemm.gradient import Params, product
 from bi_jax.rows.op import Op, row_op
 from bi_jax.rows.reduce import sum as sum_over
 from shared_specs.attention import AttentionLayout, attention_layout
+from shared_specs.formats import float_format
 from shared_specs.programs import attention as programs
 
 NAME = "scaled_dot_product_attention"
@@ -31,7 +33,6 @@ CAUSAL_BLOCKS, CAUSAL_BLOCK = 8, 512
 
 _softmax = row_op(NAME, lambda e: programs.attention_softmax(e.length is not None))
 _softmax_backward = row_op(NAME, lambda e: programs.attention_softmax_backward(e.length is not None))
-_finite_or_nan = row_op(NAME, programs.FINITE_OR_NAN)
 
 
 class _Entry(NamedTuple):
@@ -164,7 +165,14 @@ def _over_keys(weights: jax.Array, x: jax.Array, lengths: jax.Array | None, alph
         first = jnp.where(finite, jnp.int32(x.shape[-2]), place).min(-2, keepdims=True)
         out = product(weights, jnp.where(finite, x, jnp.zeros_like(x)), None, Params(alpha, 1.0, x.dtype))
         out = jnp.where(first < lengths[..., None], jnp.asarray(math.inf, out.dtype), out)
-    return _finite_or_nan(out.dtype, x=out.reshape(-1, out.shape[-1])).y.reshape(out.shape)
+    return _finite_or_nan(out)
+
+
+def _finite_or_nan(x: jax.Array) -> jax.Array:
+    """What `programs.FINITE_OR_NAN` computes. No arithmetic: patterns are selected, which XLA fuses and no engine compiles."""
+    fmt, bits = float_format(x.dtype.name), storage_bits(x)
+    exponent = fmt.storage.type(fmt.nan >> fmt.mantissa_bits << fmt.mantissa_bits)
+    return lax.bitcast_convert_type(jnp.where(bits & exponent == exponent, fmt.storage.type(fmt.nan), bits), x.dtype)
 
 
 def _together(call: _Call, entry: _Entry, start: int, stop: int, keys: int) -> jax.Array:
