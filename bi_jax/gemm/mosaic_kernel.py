@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -88,23 +89,23 @@ class Operand:
         batches = gmem.shape[0] // self.parts
         for part in range(self.parts):
             source = gmem.at[part * batches + (batch if batches > 1 else 0)]
-            first = (slot * self.parts + part) * self.slabs
+            first = affine(affine(slot, self.parts, part), self.slabs)
             if self.k_inner:
                 for j in range(self.slabs):
-                    to = pl.ds(pl.multiple_of((first + j) * self.block, 8), self.block)
-                    of = source.at[pl.ds(row, self.block), pl.ds(k + j * self.slab, self.slab)]
+                    to = pl.ds(pl.multiple_of(affine(affine(first, 1, j), self.block), 8), self.block)
+                    of = source.at[pl.ds(row, self.block), pl.ds(affine(k, 1, j * self.slab), self.slab)]
                     plgpu.copy_gmem_to_smem(of, _untiled(smem).at[to], barrier)
             else:
                 size = self.slabs * self.slab
                 of = source.at[pl.ds(k, size), pl.ds(row, self.block)]
-                plgpu.copy_gmem_to_smem(of, smem.at[pl.ds(pl.multiple_of(first * self.slab, 8), size)], barrier)
+                plgpu.copy_gmem_to_smem(of, smem.at[pl.ds(pl.multiple_of(affine(first, self.slab), 8), size)], barrier)
 
     def tile(self, smem: Ref, slot: Any, part: int, j: int, row: Any, rows: int) -> Ref:
         """Rows [row, row + rows) of slab `j`, as it is stored."""
-        index = (slot * self.parts + part) * self.slabs + j
+        index = affine(affine(slot, self.parts, part), self.slabs, j)
         if self.k_inner:
-            return smem.at[pl.ds(pl.multiple_of(index * self.block + row, 8), rows)]
-        return smem.at[pl.ds(pl.multiple_of(index * self.slab, 8), self.slab), pl.ds(row, rows)]
+            return smem.at[pl.ds(pl.multiple_of(affine(index, self.block, row), 8), rows)]
+        return smem.at[pl.ds(pl.multiple_of(affine(index, self.slab), 8), self.slab), pl.ds(row, rows)]
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def kernel(plan: Plan, batch: int, m: int, n: int, k: int, padded_n: int) -> Cal
         local_tiles = (tiles - cta + ctas - 1) // ctas if ctas < tiles else 1
 
         def tile_at(i: Any) -> tuple[Any, Any, Any]:
-            return _tile(cta + i * ctas, tiles_m, tiles_n, s.group_m)
+            return _tile(affine(i, ctas, cta), tiles_m, tiles_n, s.group_m)
 
         @when(warpgroup == plan.warpgroups)
         def _() -> None:
@@ -325,15 +326,15 @@ def _load(plan: Plan, a: Ref, b: Ref, scratch: dict[str, Ref], local_tiles: Any,
         batch, tile_m, tile_n = tile_at(i)
 
         def step(k: Any, _: None) -> None:
-            count = i * steps + k
+            count = affine(i, steps, k)
             slot = lax.rem(count, jnp.int32(s.stages))
 
             @when(count >= s.stages)
             def _() -> None:
                 plgpu.barrier_wait(empty.at[slot])
 
-            plan.rhs.load(b, scratch["b_smem"], full.at[slot], slot, batch, tile_n * s.block_n, k * s.block_k)
-            plan.lhs.load(a, scratch["a_smem"], full.at[slot], slot, batch, tile_m * s.block_m, k * s.block_k)
+            plan.rhs.load(b, scratch["b_smem"], full.at[slot], slot, batch, affine(tile_n, s.block_n), affine(k, s.block_k))
+            plan.lhs.load(a, scratch["a_smem"], full.at[slot], slot, batch, affine(tile_m, s.block_m), affine(k, s.block_k))
 
         lax.fori_loop(0, steps, step, None)
 
@@ -352,7 +353,7 @@ def _compute(
     batch, tile_m, tile_n = at
     row, col = (wg * plan.rows, 0) if plan.split_rows else (0, wg * plan.cols)
     row_bias = bias is not None and not plan.bias_rows
-    corner = (batch, tile_m * s.block_m + row, tile_n * s.block_n + col)
+    corner = (batch, affine(tile_m, s.block_m, row), affine(tile_n, s.block_n, col))
     if row_bias:
         copy_bias(plan, bias, scratch, wg, corner)
 
@@ -495,12 +496,20 @@ def _tile(index: Any, tiles_m: int, tiles_n: int, group_m: int) -> tuple[Any, An
     """(batch, tile of M, tile of N): within groups of `group_m` tiles of M, M runs fastest, for reuse in the L2 cache."""
     batch, index = _divmod(index, tiles_m * tiles_n)
     group, index = _divmod(index, group_m * tiles_n)
-    height = jnp.minimum(tiles_m - group * group_m, group_m)
-    return batch, group * group_m + lax.rem(index, height), lax.div(index, height)
+    height = lax.min(affine(group, -group_m, np.int32(tiles_m)), np.int32(group_m))
+    return batch, affine(group, group_m, lax.rem(index, height)), lax.div(index, height)
 
 
 def _divmod(x: Any, y: int) -> tuple[Any, Any]:
-    return lax.div(x, jnp.int32(y)), lax.rem(x, jnp.int32(y))
+    return lax.div(x, np.int32(y)), lax.rem(x, np.int32(y))
+
+
+def affine(x: Any, factor: int, offset: Any = 0) -> Any:
+    """x * factor + offset of an int32 scalar. A kernel has dozens, and `jax.lax` traces faster than the operators of arrays."""
+    x = x if factor == 1 else lax.mul(x, np.int32(factor))
+    if isinstance(offset, int):
+        return lax.add(x, np.int32(offset)) if offset else x
+    return lax.add(x, offset)
 
 
 def full_array(shape: tuple[int, ...], value: float) -> jax.Array:
