@@ -92,6 +92,14 @@ def signature(x: Any) -> Any:
     return x
 
 
+def keep[K, V](kept: dict[K, V], key: K, value: V, most: int = 1 << 12) -> V:
+    """The value, which is kept by its key; where there are `most` already, these are forgotten first."""
+    if len(kept) >= most:
+        kept.clear()
+    kept[key] = value
+    return value
+
+
 def repeat(call: Callable[[Sequence[Any]], Any], given: Sequence[Any]) -> Any:
     """call(given): launches that were prepared for the signatures of what is given, and depend on nothing else."""
     result = call(given)
@@ -152,18 +160,13 @@ class Repeated:
         tensors = [(place, positions.get(id(x))) for place, x in enumerate(given) if isinstance(x, Tensor)]
         places = [(place, i) for place, i in tensors if i is not None]
         if (first or result is found) and len(places) == len(tensors):
-            if len(self._kept) >= _MOST_KEPT:
-                self._kept.clear()
             template = [None if isinstance(x, Tensor) else x for x in given]
-            self._kept[key] = call, template, places, first
+            keep(self._kept, key, (call, template, places, first))
 
 
 def _told_apart(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments, where a tensor that stands in several places is another object in each."""
     return tuple([x.detach() if isinstance(x, Tensor) and any(x is y for y in args[:i]) else x for i, x in enumerate(args)])
-
-
-_MOST_KEPT = 1 << 12
 
 
 def _exactly(x: Any) -> Any:

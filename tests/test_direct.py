@@ -15,7 +15,7 @@ from triton.backends.nvidia import driver
 
 import bi_torch
 from bi_torch import direct
-from bi_torch.attention import calls, triton_kernels
+from bi_torch.attention import calls
 from bi_torch.attention import cuda as attention_cuda
 from bi_torch.attention import library as attention_library
 from bi_torch.attention.keys import find_keys
@@ -28,12 +28,11 @@ from bi_torch.rows import cuda as rows_cuda
 from bi_torch.rows import library as rows_library
 from bi_torch.rows import softmax
 from bi_torch.rows.library import Op, RowOp
-from tests import test_triton_interpreter, test_triton_rows
+from tests import test_triton_attention, test_triton_interpreter, test_triton_rows
 from tests.arrays import assert_same, draw
-from tests.interpreters.triton import gpu_arithmetic, interpreted
+from tests.interpreters.triton import gpu_arithmetic
 
 X = draw(6, 40)
-ATTENTION = interpreted(triton_kernels)
 
 
 class Subclass(torch.Tensor):
@@ -112,7 +111,9 @@ def cpu_as_gpu(monkeypatch):
     def launch_rows(launch, device, call):
         counts["launched"] += 1
         with gpu_arithmetic():
-            kernel = vars(test_triton_rows.KERNELS).get(launch.kernel.__name__) or getattr(ATTENTION, launch.kernel.__name__)
+            kernel = vars(test_triton_rows.KERNELS).get(launch.kernel.__name__) or getattr(
+                test_triton_attention.KERNELS, launch.kernel.__name__
+            )
             kernel[(launch.grid,)](*launch.arguments(call), **launch.options)
 
     def launch_product(plan, device, *call):

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from bi_torch.attention import cuda, library, triton_kernels
+from tests import test_triton_interpreter, test_triton_rows
 from tests.arrays import DTYPES, assert_same, draw
 from tests.interpreters.triton import gpu_arithmetic, interpreted
 from tests.test_triton_rows import INEXACT, for_an_h100
 
-KERNELS = interpreted(triton_kernels)
+KERNELS = interpreted(triton_kernels, test_triton_interpreter.KERNELS, test_triton_rows.KERNELS)
 
 
 @pytest.fixture

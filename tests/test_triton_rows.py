@@ -1,9 +1,7 @@
 """The Triton row kernels: run on a CPU, against the reference model, bit for bit; and compiled for an H100, read as PTX."""
 
 import re
-import sys
 import weakref
-from unittest import mock
 
 import pytest
 import torch
@@ -22,8 +20,7 @@ from tests.interpreters.triton import gpu_arithmetic, interpreted
 from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, pow_inputs, uneven_rows
 
 KERNELS = interpreted(triton_kernels)
-with mock.patch.dict(sys.modules, {triton_kernels.__name__: KERNELS}):
-    SHARED = interpreted(triton_shared_rows)
+SHARED = interpreted(triton_shared_rows, KERNELS)
 SHARED._await = lambda words, inside: SHARED.tl.load(words, mask=inside, other=0)
 TARGET = GPUTarget("cuda", 90, 32)
 

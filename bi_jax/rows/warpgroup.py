@@ -134,7 +134,7 @@ class Load(Instruction):
 
 @dataclass(frozen=True)
 class Store(Instruction):
-    """(ref, row, column, chunk): what `Load` with the same fields reads."""
+    """(ref, row, column, chunk): what `Load` with the same fields reads; `once` as there."""
 
     dtype: str
     place: Place
@@ -639,6 +639,7 @@ def _word(words: ir.Value, start: int, offset: ir.Value) -> ir.Value:
     return _address(words, arith.muli(arith.addi(offset, utils.c(start, i64)), utils.c(2, i64)))
 
 
+# Of accesses to what nothing reads again.
 ONCE = ".L1::evict_first.L2::cache_hint"
 POLICY = "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
 

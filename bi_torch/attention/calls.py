@@ -17,7 +17,7 @@ from bi_torch.attention.cuda import Settle, Take
 from bi_torch.attention.keys import read_mask, remember
 from bi_torch.attention.layout import is_in_order, split
 from bi_torch.device import bind_context, new_tensor
-from bi_torch.direct import kernel_device, signature
+from bi_torch.direct import keep, kernel_device, signature
 from bi_torch.gemm import cuda as products
 from bi_torch.gemm.library import DTYPE_NAMES
 from bi_torch.rows import cuda as rows
@@ -187,7 +187,6 @@ class Call:
 
 
 CALLS: dict[Key, Call] = {}
-_MOST_CALLS = 1 << 12
 
 
 def call_key(
@@ -249,10 +248,7 @@ def new_call(
     if not all(viewed):
         own = layout.query, layout.key, layout.value
         call = replace(call, copies=tuple(None if seen else _copy(layout, n) for seen, n in zip(viewed, own, strict=True)))
-    if len(CALLS) >= _MOST_CALLS:
-        CALLS.clear()
-    CALLS[key] = call
-    return call
+    return keep(CALLS, key, call)
 
 
 def _copy(layout: AttentionLayout, own: tuple[int, ...]) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bi_torch.attention import triton_kernels
 from bi_torch.device import bind_context, new_tensor
-from bi_torch.direct import signature
+from bi_torch.direct import keep, signature
 from bi_torch.rows.cuda import Launch
 
 _TILE = 4096
@@ -80,16 +80,13 @@ class Settle:
 
 
 _PLANS: dict[Any, Any] = {}
-_MOST_PLANS = 1 << 12
 
 
 def _kept(key: Any, make: Callable[[], Any]) -> Any:
     """What `make` returns, once a key."""
     plan = _PLANS.get(key)
     if plan is None:
-        if len(_PLANS) >= _MOST_PLANS:
-            _PLANS.clear()
-        plan = _PLANS[key] = make()
+        plan = keep(_PLANS, key, make())
     return plan
 
 

@@ -7,15 +7,8 @@ place of such a value, and every column is told its first one: `take`. Rows that
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _cdiv(x, block):
-    return (x + block - 1) // block
-
-
-@triton.jit
-def _is_finite(x):
-    return (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+from bi_torch.gemm.triton_kernels import _finite_or_nan, _is_finite
+from bi_torch.rows.triton_kernels import _cdiv
 
 
 @triton.jit
@@ -80,7 +73,6 @@ def settle(
     inside = (row < R)[:, None] & (column < D)[None, :]
     places = y + (n * R + row.to(tl.int64)[:, None]) * D + column[None, :]
     value = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-    nan = tl.full(value.shape, 0x7FFFFFFF, tl.uint32).to(tl.float32, bitcast=True)
     admitted = tl.reduce(named, 0, _smaller)[None, :] < length[:, None]
-    value = tl.where(_is_finite(value) & (admitted == 0), value, nan)
+    value = _finite_or_nan(tl.where(admitted, float("inf"), value))
     tl.store(places, value.to(y.dtype.element_ty), mask=inside)

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bi_torch.device import FIRST_LAUNCH, architecture, bind_context, direct_launcher, multiprocessors
 from bi_torch.direct import ALIGNMENT as _TMA_ALIGNMENT
-from bi_torch.direct import signature
+from bi_torch.direct import keep, signature
 from bi_torch.gemm import triton_kernels
 from shared_specs import GemmContract, GemmSchedule, gemm_contract, gemm_schedule
 
@@ -68,9 +68,7 @@ def plan_of(
     )  # fmt: skip
     plan = _PLANS.get(key)
     if plan is None:
-        if len(_PLANS) >= _MAX_PLANS:
-            _PLANS.clear()
-        plan = _PLANS[key] = _plan(a, b, bias, out, alpha != 1.0, contract, schedule, finite)
+        plan = keep(_PLANS, key, _plan(a, b, bias, out, alpha != 1.0, contract, schedule, finite), _MAX_PLANS)
     return plan
 
 
@@ -249,10 +247,8 @@ class _TensorMap:
         address = base.data_ptr()
         arguments = self._encoded.get(address)
         if arguments is None:
-            if len(self._encoded) >= _MAX_ADDRESSES:
-                self._encoded.clear()
             (descriptor,) = self.described(base)
-            arguments = self._encoded[address] = tuple(make_tensordesc_arg(descriptor, self.layout))
+            arguments = keep(self._encoded, address, tuple(make_tensordesc_arg(descriptor, self.layout)), _MAX_ADDRESSES)
         return arguments
 
 

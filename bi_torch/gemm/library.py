@@ -14,7 +14,7 @@ import torch
 from torch.autograd import forward_ad
 
 from bi_torch.device import new_tensor
-from bi_torch.direct import kernel_device, signature
+from bi_torch.direct import keep, kernel_device, signature
 from bi_torch.gemm import cpu, cuda
 from bi_torch.stock import runs_stock
 from bi_torch.transforms import Function, record, to_front
@@ -196,9 +196,7 @@ def _first_call(
     for plan, product in zip(plans, products, strict=True):
         plan.launch(*product, float(alpha), float(beta))
     if len(plans) == 1:
-        if len(CALLS) >= _MOST_CALLS:
-            CALLS.clear()
-        CALLS[key] = Call(plans[0], tuple(out.shape), out.dtype, reads_bias)
+        keep(CALLS, key, Call(plans[0], tuple(out.shape), out.dtype, reads_bias), _MOST_CALLS)
     return out
 
 

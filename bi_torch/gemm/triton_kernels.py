@@ -55,10 +55,14 @@ def _rounded(value, dtype: tl.constexpr, FINITE: tl.constexpr):
     """value in the output's dtype; with FINITE what is not finite then is NaN."""
     rounded = value.to(dtype)
     if FINITE:
-        wide = rounded.to(tl.float32)
-        nan = tl.full(wide.shape, 0x7FFFFFFF, tl.uint32).to(tl.float32, bitcast=True)
-        rounded = tl.where(_is_finite(wide), wide, nan).to(dtype)
+        rounded = _finite_or_nan(rounded.to(tl.float32)).to(dtype)
     return rounded
+
+
+@triton.jit
+def _finite_or_nan(x):
+    """float32 x, the contract's NaN where it is not finite."""
+    return tl.where(_is_finite(x), x, tl.full(x.shape, 0x7FFFFFFF, tl.uint32).to(tl.float32, bitcast=True))
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 
 from bi_torch.device import FIRST_LAUNCH, architecture, bind_context, direct_launcher, multiprocessors, new_tensor
 from bi_torch.direct import ALIGNMENT as _ALIGNMENT
-from bi_torch.direct import signature
+from bi_torch.direct import keep, signature
 from bi_torch.rows import triton_kernels
 from bi_torch.rows.schedule import (
     MOST_COOPERATING,
@@ -96,9 +96,7 @@ def _run(
     )  # fmt: skip
     plan = _PLANS.get(key)
     if plan is None:
-        if len(_PLANS) >= _MAX_PLANS:
-            _PLANS.clear()
-        plan = _PLANS[key] = prepare(program, given, out_dtypes, outs, schedule)
+        plan = keep(_PLANS, key, prepare(program, given, out_dtypes, outs, schedule), _MAX_PLANS)
     integers = program.integers if isinstance(program, RowProgram) else ()
     return plan.run(
         given, tuple(float(scalars[name]) for name in program.scalars), tuple(int(scalars[name]) for name in integers), outs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bi_torch.direct import kernel_device, repeat, signature
+from bi_torch.direct import keep, kernel_device, repeat, signature
 from bi_torch.stock import runs_stock
 from bi_torch.transforms import Function, record, to_front
 from shared_specs.rows import ColumnProgram, RowProgram
@@ -23,9 +23,6 @@ _LIBRARY = torch.library.Library("bi_torch", "FRAGMENT")
 
 STATISTICS = ("mean", "rstd", "max", "log_sum", "norm", "factor")
 """Outputs that stay float32 whatever the dtype of the op; gradients need them and have none themselves."""
-
-_MOST_CALLS = 1 << 12
-"""Signatures of the calls of an op whose preparation is kept."""
 
 Key = tuple[Any, ...]
 Program = RowProgram | ColumnProgram
@@ -210,15 +207,10 @@ class RowOp(Op):
             shapes = {name: tuple(y.shape) for name, y in zip(self.results, results, strict=True)}
             alone = _without_statistics(call.program)
             first = None if alone is None else _Call.of(self, alone, args, self.results[:1]).shaped(shapes)
-            self._keep_call(key, replace(call.shaped(shapes), first=first))
+            keep(self._calls, key, replace(call.shaped(shapes), first=first))
 
     def _key_of(self, args: tuple[Any, ...]) -> Key:
         return (None, *map(signature, args))
-
-    def _keep_call(self, key: Key, call: "_Call") -> None:
-        if len(self._calls) >= _MOST_CALLS:
-            self._calls.clear()
-        self._calls[key] = call
 
     def _chosen(self, e: SimpleNamespace) -> Program:
         return self._program if isinstance(self._program, Program) else self._program(e)
@@ -232,7 +224,7 @@ class RowOp(Op):
         call = self._calls.get(key)
         if call is None:
             call = _Call.of(self, self._chosen(self.arguments(args)), args, self.results)
-            self._keep_call(key, call)
+            keep(self._calls, key, call)
         return call(args)
 
     def _fake(self, *args: Any) -> Any:

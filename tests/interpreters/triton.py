@@ -32,15 +32,19 @@ _F = NumpyArithmetic()
 _FORMATS = {tl.bfloat16: BFLOAT16, tl.float16: FLOAT16, tl.float32: FLOAT32}
 
 
-def interpreted(module: ModuleType) -> ModuleType:
-    """A second copy of a module of `@triton.jit` functions, whose kernels run in the interpreter."""
+def interpreted(module: ModuleType, *copies: ModuleType) -> ModuleType:
+    """A second copy of a module of `@triton.jit` functions, whose kernels run in the interpreter.
+
+    Functions that it imports come from `copies` of their modules.
+    """
     name = f"{module.__name__}_interpreted"
     spec = importlib.util.spec_from_file_location(name, module.__file__)
     assert spec is not None
     assert spec.loader is not None
     copy = importlib.util.module_from_spec(spec)
     sys.modules[name] = copy
-    with triton.knobs.runtime.scope():
+    imported = {other.__name__.removesuffix("_interpreted"): other for other in copies}
+    with triton.knobs.runtime.scope(), mock.patch.dict(sys.modules, imported):
         triton.knobs.runtime.interpret = True
         spec.loader.exec_module(copy)
     for key, value in vars(copy).items():
