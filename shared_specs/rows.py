@@ -12,7 +12,7 @@ from typing import Literal
 
 from shared_specs.arithmetic import Arithmetic, Value
 
-VERSION = 2
+VERSION = 3
 """Version of the contract's meaning; a change to any output bit needs a new number."""
 
 

@@ -71,6 +71,9 @@ GELU_CUBIC = float32(0.044715)
 EXP = (0.4999999701976776, 0.1666654646396637, 0.04166744649410248, 0.008366248570382595, 0.0013869671383872628)
 """q(r) = (e^r - 1 - r) / r^2 for |r| <= (ln 2) / 2; the relative error of e^r - 1 is 1.4e-8, that of e^r 4e-9."""
 
+EXP_SHORT = (0.9999997019767761, 0.4999915063381195, 0.16667647659778595, 0.041897837072610855, 0.00828971154987812)
+"""q(r) = (e^r - 1) / r for |r| <= (ln 2) / 2; the relative error of e^r is 9.2e-8."""
+
 LOG1P = (
     -0.5,
     0.3333321511745453,
@@ -139,6 +142,19 @@ def exp_nonpositive(f: Arithmetic, x: Value) -> Value:
     shifted = f.fma(x, LOG2_E, TO_POWER + 64)
     p = _exp_of_remainder(f, x, f.sub(shifted, TO_POWER + 64))
     return f.mul(f.mul(p, f.from_bits(f.shift_left(f.bits(shifted), 23))), 2.0**-64)
+
+
+def exp_of_term(f: Arithmetic, x: Value) -> Value:
+    """e^x for x <= 0 in 12 operations, unspecified for x > 40 and for NaN: what a softmax sums. Error 4.74 ulp, at
+    -86.94186; 2.31 ulp above -16.
+
+    As `exp_nonpositive`, but one step reduces x, the polynomial is shorter, and n + 64 is added to the exponent of e^r.
+    """
+    x = f.max(x, -104.0)
+    shifted = f.fma(x, LOG2_E, TO_INTEGER + 64)
+    r = f.fma(f.sub(shifted, TO_INTEGER + 64), -LN_2, x)
+    p = f.int_add(f.bits(_polynomial(f, r, (1.0, *EXP_SHORT))), f.shift_left(f.bits(shifted), 23))
+    return f.mul(f.from_bits(p), 2.0**-64)
 
 
 def log(f: Arithmetic, x: Value) -> Value:

@@ -222,6 +222,17 @@ def test_exp_of_nonpositive_arguments_is_exp():
     assert np.array_equal(scalar.exp(F, x), scalar.exp_nonpositive(F, x), equal_nan=True)
 
 
+def test_exp_of_the_terms_of_a_softmax():
+    x = -np.exp2(np.random.default_rng(7).uniform(-30, np.log2(104), 1 << 18)).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    ulp = np.spacing(np.maximum(exact, 2.0**-126).astype(np.float32)).astype(np.float64)
+    error = np.abs(scalar.exp_of_term(F, x) - exact) / ulp
+    assert error.max() <= 4.75
+    assert error[x > -16].max() <= 2.32
+    got = scalar.exp_of_term(F, floats(0, -0.0, -103.9, -104, -3e38, -INF))
+    assert np.array_equal(got.view(np.int32), floats(1, 1, TINY, 0, 0, 0).view(np.int32))
+
+
 def test_power():
     n = np.array([0, 1, 2, 3, 31, 1000, 100_000, (1 << 31) - 1], np.int32)
     beta = np.float32(0.999)

@@ -2,7 +2,8 @@
 
 A program takes one segment of a row and keeps it in registers. It leaves its segment's result in memory, waits until every
 program of the row has done so, reads all of them and evaluates the contract's tree over segments; so do the others. Then it
-goes on to the next reduction or to the outputs. Which program takes which segment cannot matter to the bits.
+goes on to the next reduction or to the outputs. Where there are none, only the row's last program waits. Which program takes
+which segment cannot matter to the bits.
 
 Programs take their work from a ticket counter, in the order in which they start. A program that waits therefore waits for
 programs that run, or that will run as soon as one of an earlier row ends; those of earlier rows all run and wait for nobody
@@ -77,17 +78,22 @@ def _segment(
         )
         for j in tl.static_range(len(results)):
             _post(words + ((first + j) * R + row) * segments + segment, results[j])
-        reduced = reduced + (_gathered(kind_of(FORMULAS, i), words, row, first, R, segments, len(results), COUNT),)
-        first += len(results)
-        weights = _weights(results[0], reduced[i][0]) if reads_terms(FORMULAS, i) else 1.0
-        of_segments = of_segments + ((weights, results[0], terms),)
-    targets = _row_pointers(outputs, output_strides, row, UNIT)
-    _store_outputs(
-        FORMULAS, targets, tiles, columns, row_values, reduced, of_segments, base, row, R, N, 1, CHUNKS, LANES, PIECE, FULL,
-        True, "evict_first",
-    )  # fmt: skip
-    if number == 0:
-        _store_row_outputs(FORMULAS, row_outputs, row_values, reduced, row, R, 1)
+        if len(outputs) or i < reduction_count(FORMULAS) - 1:
+            reduced = reduced + (_gathered(kind_of(FORMULAS, i), words, row, first, R, segments, len(results), COUNT),)
+            first += len(results)
+            weights = _weights(results[0], reduced[i][0]) if reads_terms(FORMULAS, i) else 1.0
+            of_segments = of_segments + ((weights, results[0], terms),)
+        elif number == segments - 1:
+            complete = reduced + (_gathered(kind_of(FORMULAS, i), words, row, first, R, segments, len(results), COUNT),)
+            _store_row_outputs(FORMULAS, row_outputs, row_values, complete, row, R, 1)
+    if len(outputs):
+        targets = _row_pointers(outputs, output_strides, row, UNIT)
+        _store_outputs(
+            FORMULAS, targets, tiles, columns, row_values, reduced, of_segments, base, row, R, N, 1, CHUNKS, LANES, PIECE, FULL,
+            True, "evict_first",
+        )  # fmt: skip
+        if number == 0:
+            _store_row_outputs(FORMULAS, row_outputs, row_values, reduced, row, R, 1)
 
 
 @triton.jit(

@@ -8,7 +8,7 @@ from functools import cache
 
 from shared_specs import scalar
 from shared_specs.rows import Reduction, RowProgram
-from shared_specs.sum_exp import INF, share
+from shared_specs.sum_exp import INF, share, total
 
 _STATISTICS = (Reduction("stats", "sum_exp", lambda f, e: e.x),)
 
@@ -18,7 +18,7 @@ LOGSUMEXP = RowProgram(
     reductions=_STATISTICS,
     row_outputs={
         "y": lambda f, e: f.select(
-            f.equal(f.abs(e.stats.max), INF), e.stats.max, f.add(scalar.log(f, e.stats.sum), e.stats.max)
+            f.equal(f.abs(e.stats.max), INF), e.stats.max, f.add(scalar.log(f, total(f, e.stats)), e.stats.max)
         )
     },
 )
@@ -65,7 +65,7 @@ def token_logprobs(temperature: bool) -> RowProgram:
         row_outputs={
             "y": lambda f, e: _log_probability(f, e, _scaled(f, e, e.chosen, temperature)),
             "max": lambda f, e: e.stats.max,
-            "log_sum": lambda f, e: scalar.log(f, e.stats.sum),
+            "log_sum": lambda f, e: scalar.log(f, total(f, e.stats)),
         },
     )
 
@@ -112,7 +112,7 @@ def cross_entropy(smoothing: bool) -> RowProgram:
         integers=("ignore_index",),
         gathered={"chosen": ("x", "id")},
         reductions=(*_STATISTICS, *uniform),
-        row_outputs={"y": loss, "max": lambda f, e: e.stats.max, "log_sum": lambda f, e: scalar.log(f, e.stats.sum)},
+        row_outputs={"y": loss, "max": lambda f, e: e.stats.max, "log_sum": lambda f, e: scalar.log(f, total(f, e.stats))},
     )
 
 
@@ -142,7 +142,7 @@ def cross_entropy_backward(smoothing: bool) -> RowProgram:
 
 
 def _log_probability(f, e, x):
-    return f.sub(f.sub(x, e.stats.max), scalar.log(f, e.stats.sum))
+    return f.sub(f.sub(x, e.stats.max), scalar.log(f, total(f, e.stats)))
 
 
 def _scaled(f, e, x, temperature):
