@@ -315,10 +315,10 @@ def test_only_the_program_asks_for_fma():
 
 @pytest.mark.parametrize(("rows", "n", "held"), [(16_384, 4096, 4096), (4096, 16_384, 16_384), (2048, 147_456, 8192)])
 def test_softmax_computes_an_exponential_once(rows, n, held):
-    """It takes nine fma."""
+    """It takes seven fma."""
     (kernel,) = compiled(softmax.SOFTMAX, rows, n, "bfloat16")
     values = held // (32 * kernel.metadata.num_warps)
-    assert 9 * values <= kernel.asm["ptx"].count("fma.rn.f32") < 10 * values
+    assert 7 * values <= kernel.asm["ptx"].count("fma.rn.f32") < 8 * values
 
 
 @pytest.mark.parametrize("n", [100, 20_000, 2_000_000])
