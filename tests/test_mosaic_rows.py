@@ -107,6 +107,8 @@ SCHEDULES = [
     (1, 41000, RowSchedule(warps=8, blocks_per_row=2)),
     (3, 10000, RowSchedule(warps=16, cooperative=True)),
     (4, 9000, RowSchedule(warps=20, cooperative=True)),
+    (4, 9000, RowSchedule(warps=12, cooperative=True)),
+    (7, 5000, RowSchedule(warps=20)),
     (5, 16384, RowSchedule(warps=8, cooperative=True)),
     (3, 20000, RowSchedule(block_rows=2, warps=16, cooperative=True)),
 ]

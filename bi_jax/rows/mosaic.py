@@ -16,7 +16,7 @@ from bi_jax.rows.mosaic_kernel import SEGMENT, WORDS, Plan, kernel, partial_coun
 from bi_jax.rows.warpgroup import CHUNK, THREADS, VECTOR
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
-from shared_specs.trace import is_elementwise
+from shared_specs.trace import is_elementwise, outputs_read_elements
 
 SMS = 132
 """Of an H100."""
@@ -171,35 +171,40 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
     """A schedule that keeps enough loads under way: some 32 KiB an SM.
 
     Rows of one segment: a warpgroup a block, with as many rows as make four chunks. Longer rows: blocks of four warpgroups,
-    which bounds the registers of a thread; five where exponentials of 16-bit elements leave some, two where two inputs need
-    more. Where elements are needed again after a reduction, or rows are few, or there is much to compute, warpgroups wait for
-    one another, each on its own, so that some compute while others load. Where nothing but outputs is to be computed, segments
-    are as good as rows.
+    which bounds the registers of a thread; five where exponentials of 16-bit elements leave some, two or three where two inputs
+    need more, one where exponentials are all there is to compute. Where elements are needed again after a reduction, or rows
+    are few, warpgroups wait for one another, each on its own, so that some compute while others load. Where nothing but
+    outputs is to be computed, segments are as good as rows.
     """
     segments = ROW_CONTRACT.segments(n)
+    exponentials = bool(program.reductions) and program.reductions[0].kind == "sum_exp"
+    narrow = all(jnp.dtype(dtypes[name]).itemsize == 2 for name in program.elements)
     if segments == 1:
         lanes = max(VECTOR, ROW_CONTRACT.lanes_for(n))
         chunks = max(1, 4 // max(1, pl.cdiv(n, CHUNK) * len(program.elements)))
         while chunks > 1 and rows * lanes < SMS * 8 * chunks * CHUNK:
             chunks //= 2
+        if exponentials and narrow and n > 4 * CHUNK and outputs_read_elements(program):
+            return RowSchedule(warps=20)
         return RowSchedule(block_rows=chunks * (CHUNK // lanes), warps=4, persistent=bool(program.integers))
     warpgroups = min(4, 1 << (segments - 1).bit_length())
     if not program.reductions:
         return RowSchedule(warps=4, blocks_per_row=segments)
-    exponentials = program.reductions[0].kind == "sum_exp"
-    warps = 20 if exponentials and all(jnp.dtype(dtypes[name]).itemsize == 2 for name in program.elements) else 16
     needed_again = bool(program.outputs) or len(program.reductions) > 1
     within_a_block = segments <= warpgroups
-    if segments <= MAX_TOGETHER and (rows < SMS or needed_again or (exponentials and within_a_block)):
+    if segments <= MAX_TOGETHER and (rows < SMS or needed_again):
+        warps = 20 if exponentials and narrow else 16
         if rows * segments <= 4 * SMS:
             warps = 4
-        elif len(program.elements) > 1 and within_a_block:
-            warps = 8
+        elif len(program.elements) > 1:
+            warps = 12 if narrow and not within_a_block else 8
         return RowSchedule(warps=warps, cooperative=True)
     blocks = 1
     while segments > MAX_TOGETHER and (blocks < 2 or (rows * blocks < SMS and blocks * warpgroups < segments)):
         blocks *= 2
-    return RowSchedule(block_rows=4 // warpgroups, warps=warps if warpgroups == 4 else 16, blocks_per_row=blocks)
+    if exponentials and blocks == 1 and (narrow or within_a_block):
+        return RowSchedule(warps=4)
+    return RowSchedule(block_rows=4 // warpgroups, warps=16, blocks_per_row=blocks)
 
 
 def row_workspace_bytes(plan: Plan) -> int:
