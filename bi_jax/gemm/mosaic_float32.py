@@ -35,6 +35,7 @@ from bi_jax.gemm.mosaic_kernel import (
     Multiply,
     Operand,
     Plan,
+    affine,
     copy_bias,
     full_array,
     promoted_chains,
@@ -120,14 +121,17 @@ class RegisterSplitPlan(Plan):
         rule = self.contract.split
         assert rule is not None
         batch, tile_m, tile_n = at
-        row, col = (wg * ROWS, 0) if self.split_rows else (0, wg * self.cols)
-        corner = (batch, tile_m * self.schedule.block_m + col, tile_n * self.schedule.block_n + row)
+        row, col = (wg, 0) if self.split_rows else (0, wg)
+        block_m, block_n = self.schedule.block_m, self.schedule.block_n
+        corner = (batch, affine(tile_m, block_m, affine(col, self.cols)), affine(tile_n, block_n, affine(row, ROWS)))
         if bias is not None:
             copy_bias(self, bias, scratch, wg, corner)
 
         def chunk(slot: Any, index: int) -> Multiply:
-            halves = [self.rhs.tile(scratch["b_smem"], slot, 0, 2 * index + half, row, ROWS) for half in range(2)]
-            b = jnp.concatenate([plgpu.load(half, layout=plgpu.Layout.WGMMA) for half in halves], axis=1)
+            halves = [affine(slot, self.rhs.slabs, 2 * index + half) for half in range(2)]
+            rows = [pl.ds(affine(half, self.rhs.block, affine(row, ROWS)), ROWS) for half in halves]
+            b_smem = scratch["b_smem"]
+            b = jnp.concatenate([plgpu.load(b_smem.at[half], layout=plgpu.Layout.WGMMA) for half in rows], axis=1)
             b_parts = _split(b, rule)
 
             def multiply(acc: Ref, i_part: int, j_part: int) -> None:

@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 
 from bi_jax import exact
 from bi_jax.branch import when
@@ -35,6 +37,8 @@ from shared_specs.schedule import GemmSchedule
 
 ROWS = 64
 """Rows that one `wgmma` computes."""
+TILE = 8
+"""Rows of a swizzled tile of shared memory."""
 SWIZZLE = 128
 """Bytes of the widest swizzle, and of a row that the epilogue stores at a time."""
 SHARED_MEMORY = 231_424
@@ -89,23 +93,26 @@ class Operand:
         batches = gmem.shape[0] // self.parts
         for part in range(self.parts):
             source = gmem.at[part * batches + (batch if batches > 1 else 0)]
-            first = affine(affine(slot, self.parts, part), self.slabs)
             if self.k_inner:
                 for j in range(self.slabs):
-                    to = pl.ds(pl.multiple_of(affine(affine(first, 1, j), self.block), 8), self.block)
+                    to = plain_rows(smem, self._first_tile(slot, part, j), self.block)
                     of = source.at[pl.ds(row, self.block), pl.ds(affine(k, 1, j * self.slab), self.slab)]
-                    plgpu.copy_gmem_to_smem(of, _untiled(smem).at[to], barrier)
+                    plgpu.copy_gmem_to_smem(of, to, barrier)
             else:
                 size = self.slabs * self.slab
                 of = source.at[pl.ds(k, size), pl.ds(row, self.block)]
-                plgpu.copy_gmem_to_smem(of, smem.at[pl.ds(pl.multiple_of(affine(first, self.slab), 8), size)], barrier)
+                plgpu.copy_gmem_to_smem(of, swizzled_rows(smem, self._first_tile(slot, part, 0), size), barrier)
 
-    def tile(self, smem: Ref, slot: Any, part: int, j: int, row: Any, rows: int) -> Ref:
-        """Rows [row, row + rows) of slab `j`, as it is stored."""
-        index = affine(affine(slot, self.parts, part), self.slabs, j)
+    def tile(self, smem: Ref, slot: Any, part: int, j: int, place: Any, rows: int) -> Ref:
+        """The `place`-th `rows` rows of slab `j`, as it is stored."""
         if self.k_inner:
-            return smem.at[pl.ds(pl.multiple_of(affine(index, self.block, row), 8), rows)]
-        return smem.at[pl.ds(pl.multiple_of(affine(index, self.slab), 8), self.slab), pl.ds(row, rows)]
+            return swizzled_rows(smem, self._first_tile(slot, part, j, affine(place, rows // TILE)), rows)
+        return swizzled_rows(smem, self._first_tile(slot, part, j), self.slab, place, rows)
+
+    def _first_tile(self, slot: Any, part: int, j: int, offset: Any = 0) -> Any:
+        """Where slab `j` of a part begins in shared memory, and `offset` tiles on."""
+        tiles = (self.block if self.k_inner else self.slab) // TILE
+        return affine(slot, self.parts * self.slabs * tiles, affine(offset, 1, (part * self.slabs + j) * tiles))
 
 
 @dataclass(frozen=True)
@@ -281,25 +288,25 @@ def kernel(plan: Plan, batch: int, m: int, n: int, k: int, padded_n: int) -> Cal
         *bias, out = refs
         warpgroup = lax.axis_index("warpgroup")
         cta = lax.axis_index("cta")
-        local_tiles = (tiles - cta + ctas - 1) // ctas if ctas < tiles else 1
+        local_tiles = lax.div(lax.sub(np.int32(tiles + ctas - 1), cta), np.int32(ctas)) if ctas < tiles else 1
 
         def tile_at(i: Any) -> tuple[Any, Any, Any]:
             return _tile(affine(i, ctas, cta), tiles_m, tiles_n, s.group_m)
 
-        @when(warpgroup == plan.warpgroups)
+        @when(lax.eq(warpgroup, np.int32(plan.warpgroups)))
         def _() -> None:
             if plan.crowded:
                 plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
             _load(plan, a, b, scratch, local_tiles, steps, tile_at)
 
-        @when(warpgroup < plan.warpgroups)
+        @when(lax.lt(warpgroup, np.int32(plan.warpgroups)))
         def _() -> None:
             if plan.crowded:
                 plgpu.set_max_registers(_compute_registers(plan.warpgroups), action="increase")
 
             def tile(i: Any, _: None) -> None:
                 at = tile_at(i)
-                plan.compute(bias[0] if bias else None, out, scratch, warpgroup, i * steps, steps, at)
+                plan.compute(bias[0] if bias else None, out, scratch, warpgroup, affine(i, steps), steps, at)
 
             lax.fori_loop(0, local_tiles, tile, None)
             plgpu.wait_smem_to_gmem(0)
@@ -327,9 +334,9 @@ def _load(plan: Plan, a: Ref, b: Ref, scratch: dict[str, Ref], local_tiles: Any,
 
         def step(k: Any, _: None) -> None:
             count = affine(i, steps, k)
-            slot = lax.rem(count, jnp.int32(s.stages))
+            slot = lax.rem(count, np.int32(s.stages))
 
-            @when(count >= s.stages)
+            @when(lax.ge(count, np.int32(s.stages)))
             def _() -> None:
                 plgpu.barrier_wait(empty.at[slot])
 
@@ -339,11 +346,12 @@ def _load(plan: Plan, a: Ref, b: Ref, scratch: dict[str, Ref], local_tiles: Any,
         lax.fori_loop(0, steps, step, None)
 
     def drain(count: Any, _: None) -> None:
-        plgpu.barrier_wait(empty.at[lax.rem(count, jnp.int32(s.stages))])
+        plgpu.barrier_wait(empty.at[lax.rem(count, np.int32(s.stages))])
 
     lax.fori_loop(0, local_tiles, tile, None)
-    total = local_tiles * steps
-    lax.fori_loop(jnp.maximum(total - s.stages, 0), total, drain, None)
+    total = affine(local_tiles, steps)
+    left = affine(total, 1, -s.stages)
+    lax.fori_loop(max(left, 0) if isinstance(left, int) else lax.max(left, np.int32(0)), total, drain, None)
 
 
 def _compute(
@@ -351,9 +359,9 @@ def _compute(
 ) -> None:
     s = plan.schedule
     batch, tile_m, tile_n = at
-    row, col = (wg * plan.rows, 0) if plan.split_rows else (0, wg * plan.cols)
+    row, col = (wg, 0) if plan.split_rows else (0, wg)
     row_bias = bias is not None and not plan.bias_rows
-    corner = (batch, affine(tile_m, s.block_m, row), affine(tile_n, s.block_n, col))
+    corner = (batch, affine(tile_m, s.block_m, affine(row, plan.rows)), affine(tile_n, s.block_n, affine(col, plan.cols)))
     if row_bias:
         copy_bias(plan, bias, scratch, wg, corner)
 
@@ -382,25 +390,25 @@ def _compute(
 
 def _chain(plan: Plan, full: Ref, empty: Ref, first: Any, steps: int, multiply: Callable) -> jax.Array:
     """One accumulator over all of K. A stage is released when the next one's instructions are under way."""
-    stages = jnp.int32(plan.schedule.stages)
+    stages = np.int32(plan.schedule.stages)
 
     def scope(acc: Ref) -> jax.Array:
         def step(k: Any, _: None) -> None:
-            slot = lax.rem(first + k, stages)
+            slot = lax.rem(affine(k, 1, first), stages)
             plgpu.barrier_wait(full.at[slot])
             for j in range(plan.slabs):
                 multiply(acc, slot, j, 0, 0)
             plgpu.wgmma_wait(plan.slabs)
 
-            @when(k > 0)
+            @when(lax.gt(k, np.int32(0)))
             def _() -> None:
-                plgpu.barrier_arrive(empty.at[lax.rem(first + k - 1, stages)])
+                plgpu.barrier_arrive(empty.at[lax.rem(affine(k, 1, affine(first, 1, -1)), stages)])
 
         lax.fori_loop(0, steps, step, None)
         return acc[...]
 
     acc = pl.run_scoped(scope, plgpu.ACC((plan.rows, plan.cols)))
-    plgpu.barrier_arrive(empty.at[lax.rem(first + steps - 1, stages)])
+    plgpu.barrier_arrive(empty.at[lax.rem(affine(first, 1, steps - 1), stages)])
     return acc
 
 
@@ -414,7 +422,7 @@ def promoted_chains(
     """
     rule = plan.contract.split
     assert rule is not None
-    stages, chunks, products = jnp.int32(plan.schedule.stages), plan.schedule.block_k // rule.promote_k, 1 + len(rule.cross)
+    stages, chunks, products = np.int32(plan.schedule.stages), plan.schedule.block_k // rule.promote_k, 1 + len(rule.cross)
 
     def together(slot: Any, indices: range, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         def scope(*accs: Ref) -> tuple[jax.Array, jax.Array]:
@@ -437,7 +445,7 @@ def promoted_chains(
         return pl.run_scoped(scope, *[plgpu.ACC((plan.rows, plan.cols))] * (2 * len(indices)))
 
     def step(k: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        slot = lax.rem(first + k, stages)
+        slot = lax.rem(affine(k, 1, first), stages)
         plgpu.barrier_wait(full.at[slot])
         for start in range(0, chunks, plan.chunks_in_flight):
             sums = together(slot, range(start, min(start + plan.chunks_in_flight, chunks)), sums)
@@ -462,18 +470,19 @@ def _store(
             value = exact.mul(value, full_array(value.shape, plan.alpha))
         if bias is not None:
             if plan.bias_rows:
-                copy_bias(plan, bias, scratch, wg, (batch, row, col + piece * plan.piece))
+                copy_bias(plan, bias, scratch, wg, (batch, row, affine(col, 1, piece * plan.piece)))
                 plgpu.barrier_wait(scratch["bias_full"].at[wg])
             addend = _bias_piece(plan, scratch["bias_smem"].at[wg], columns)
             if plan.beta != 1:
                 addend = exact.mul(addend, full_array(value.shape, plan.beta))
             value = exact.add(value, addend)
-        slot = (wg * plan.out_slots + piece % plan.out_slots) * plan.rows
+        first = affine(wg, plan.out_slots * plan.rows // TILE, piece % plan.out_slots * plan.rows // TILE)
         plgpu.wait_smem_to_gmem(plan.out_slots - 1, wait_read_only=True)
-        scratch["out_smem"][pl.ds(pl.multiple_of(slot, 8), plan.rows)] = value.astype(plan.out_dtype)
+        store_rows(scratch["out_smem"], first, lax.convert_element_type(value, plan.out_dtype))
         plgpu.commit_smem()
-        source = _untiled(scratch["out_smem"]).at[pl.ds(pl.multiple_of(slot, 8), stored)]
-        plgpu.copy_smem_to_gmem(source, out.at[batch, pl.ds(row, stored), pl.ds(col + piece * plan.piece, plan.piece)])
+        source = plain_rows(scratch["out_smem"], first, stored)
+        columns = pl.ds(affine(col, 1, piece * plan.piece), plan.piece)
+        plgpu.copy_smem_to_gmem(source, out.at[batch, pl.ds(row, stored), columns])
 
 
 def copy_bias(plan: Plan, bias: Ref, scratch: dict[str, Ref], wg: Any, corner: tuple[Any, Any, Any]) -> None:
@@ -505,7 +514,10 @@ def _divmod(x: Any, y: int) -> tuple[Any, Any]:
 
 
 def affine(x: Any, factor: int, offset: Any = 0) -> Any:
-    """x * factor + offset of an int32 scalar. A kernel has dozens, and `jax.lax` traces faster than the operators of arrays."""
+    """x * factor + offset of int32 scalars. A kernel has dozens, and `jax.lax` traces faster than the operators of arrays."""
+    if isinstance(x, int):
+        x, offset = offset, x * factor
+        return x + offset if isinstance(x, int) else affine(x, 1, offset)
     x = x if factor == 1 else lax.mul(x, np.int32(factor))
     if isinstance(offset, int):
         return lax.add(x, np.int32(offset)) if offset else x
@@ -524,16 +536,55 @@ def _compute_registers(warpgroups: int) -> int:
 
 def tiled_smem(shape: tuple[int, int], dtype: Any, width: int) -> Any:
     """Shared memory in the order that `wgmma` reads: swizzled tiles of 8 rows of `width`."""
-    transforms = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * dtype.itemsize)
+    transforms = plgpu.TilingTransform((TILE, width)), plgpu.SwizzleTransform(width * dtype.itemsize)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def _untiled(smem: Ref) -> Ref:
-    """The same memory for TMA: tiles of 8 rows, one tile wide, lie in memory as plain rows.
+def swizzled_rows(smem: Ref, first: Any, rows: int, place: Any = 0, columns: int | None = None) -> Ref:
+    """`rows` rows from tile `first` on, and of them the `place`-th `columns` columns.
+
+    Tiles are indexed as they lie in memory, and what hides them comes after: an index of rows would have to be moved before
+    each step of that, for which Mosaic traces a function each time.
+    """
+    if exact.is_emulated():  # it keeps no tiles
+        every = smem.shape[1] if columns is None else columns
+        return smem.at[pl.ds(affine(first, TILE), rows), pl.ds(affine(place, every), every)]
+    tiles = _tiles(smem, first, rows, place, columns)
+    return type(smem)(tiles.ref, (*tiles.transforms, *smem.transforms))
+
+
+def plain_rows(smem: Ref, first: Any, rows: int) -> Ref:
+    """`rows` rows from tile `first` on for TMA: tiles of 8 rows, one tile wide, lie in memory as plain rows.
 
     A copy of plain rows may reach past any edge of an array; a copy of tiles needs an array that is made of tiles.
     """
-    return type(smem)(smem.ref, smem.transforms[:1]).reshape(smem.shape)
+    if exact.is_emulated():
+        return swizzled_rows(smem, first, rows)
+    tiles = _tiles(smem, first, rows).reshape(rows, smem.shape[1])
+    return type(smem)(tiles.ref, (*tiles.transforms, *smem.transforms[:1]))
+
+
+def store_rows(smem: Ref, first: Any, value: jax.Array) -> None:
+    """Store a register array in the rows from tile `first` on. An assignment would load what was there before, too."""
+    if exact.is_emulated():
+        swizzled_rows(smem, first, len(value))[...] = value
+        return
+    swizzle = smem.transforms[0].swizzle
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def store(_: Any, tiles: ir.Value, array: mgpu.FragmentedArray) -> None:
+        mgpu.warpgroup_barrier()
+        array.store_tiled(tiles, swizzle=swizzle)
+        mgpu.warpgroup_barrier()
+
+    store(_tiles(smem, first, len(value)), value)
+
+
+def _tiles(smem: Ref, first: Any, rows: int, place: Any = 0, columns: int | None = None) -> Ref:
+    """Tiles as they lie in memory: [rows / 8, columns / width, 8, width]."""
+    width = smem.ref.shape[-1]
+    across = smem.ref.shape[1] if columns is None else columns // width
+    return smem.ref.at[pl.ds(first, rows // TILE), pl.ds(affine(place, across), across)]
 
 
 def round_up(x: int, multiple: int) -> int:

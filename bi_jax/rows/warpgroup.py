@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, gpu, llvm
 
 from bi_jax.rows.ptx import Block
 
@@ -58,12 +58,12 @@ class Place:
 
     def row(self, row: ir.Value) -> ir.Value:
         """The row of this thread, where the first group's is `row`."""
-        return arith.addi(row, arith.muli(arith.divui(_first(), _i32(self.lanes)), _i32(self.step)))
+        return arith.addi(row, arith.muli(arith.divui(_first(), _i32(self.lanes)), _i32(self.step))) if self.step else row
 
     def column(self, column: ir.Value) -> ir.Value:
         """The first column of this thread, where the first lane's is `column`."""
-        first = arith.remui(_first(), _i32(self.lanes))
-        return arith.addi(column, arith.divui(first, _i32(VECTOR // self.run)))
+        first = _first() if self.lanes == CHUNK else arith.remui(_first(), _i32(self.lanes))
+        return arith.addi(column, first if self.run == VECTOR else arith.divui(first, _i32(VECTOR // self.run)))
 
     def lane(self, i: int) -> int:
         """The lane of a thread's element `i`, from that of its first."""
@@ -89,7 +89,8 @@ class Instruction:
 
     def __call__(self, *args: Any) -> Any:
         """Run on references, int32 scalars and arrays of a chunk or of a value a thread."""
-        args = *args[: self.references], *(jnp.asarray(x) for x in args[self.references :])
+        refs, values = args[: self.references], args[self.references :]
+        args = *refs, *(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in values)
         types = [_REF if i < self.references else _layout(x.shape) for i, x in enumerate(args)]
         run = plgpu.inline_mgpu(arg_types=tuple(types), return_type=self.result(*args))
         return run(self.emit)(*args)
@@ -534,8 +535,8 @@ def _i32(value: int) -> ir.Value:
 
 
 def _thread() -> ir.Value:
-    """The number of this thread in its warpgroup."""
-    return arith.remui(utils.thread_idx(), _i32(THREADS))
+    """The number of this thread in its warpgroup; blocks have one dimension."""
+    return arith.remui(arith.index_cast(_i32_type(), gpu.thread_id(gpu.Dimension.x)), _i32(THREADS))
 
 
 def _first() -> ir.Value:
