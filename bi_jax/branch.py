@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -20,6 +20,6 @@ def when(condition: bool | jax.Array) -> Callable[[Callable[[], Any]], None]:
             if condition:
                 run()
         else:
-            lax.switch(lax.select(condition, jnp.int32(1), jnp.int32(0)), [lambda: None, run])
+            lax.switch(lax.select(condition, np.int32(1), np.int32(0)), [lambda: None, run])
 
     return decorated

@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -315,10 +316,10 @@ class Worker:
             run(index, *self._segment(scope, row, at, index, length))
 
         if whole:
-            count = lax.div(whole - worker + plan.workers - 1, jnp.int32(plan.workers))
+            count = lax.div(whole - worker + plan.workers - 1, np.int32(plan.workers))
             pl.loop(0, count)(lambda i: segment(worker + i * plan.workers, SEGMENT))
         if rest:
-            when(worker == whole % plan.workers)(lambda: segment(jnp.int32(whole), rest))
+            when(worker == whole % plan.workers)(lambda: segment(np.int32(whole), rest))
 
     def _segment(self, scope: Scope, row: Any, at: Any, index: Any, length: int) -> tuple[Scope, list[Chunk]]:
         """The scopes of a segment and of its chunks."""
@@ -486,7 +487,7 @@ def _lanes(n: int) -> int:
 
 
 def _divmod(x: Any, y: int) -> tuple[Any, Any]:
-    return lax.div(x, jnp.int32(y)), lax.rem(x, jnp.int32(y))
+    return lax.div(x, np.int32(y)), lax.rem(x, np.int32(y))
 
 
 def partial_count(stage: Stage) -> int:

@@ -90,7 +90,7 @@ class Instruction:
     def __call__(self, *args: Any) -> Any:
         """Run on references, int32 scalars and arrays of a chunk or of a value a thread."""
         refs, values = args[: self.references], args[self.references :]
-        args = *refs, *(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in values)
+        args = *refs, *(x if isinstance(x, jax.Array) else np.int32(x) for x in values)
         types = [_REF if i < self.references else _layout(x.shape) for i, x in enumerate(args)]
         run = plgpu.inline_mgpu(arg_types=tuple(types), return_type=self.result(*args))
         return run(self.emit)(*args)
