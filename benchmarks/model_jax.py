@@ -46,9 +46,9 @@ def decode(weights: Params, config: Config, tokens: jax.Array, cache: Cache, ops
     def layer(carry: tuple[jax.Array, jax.Array], scanned: tuple[Params, Cache]) -> tuple[tuple[jax.Array, jax.Array], Cache]:
         w, (old_k, old_v) = scanned
         x, residual = ops.fused_add_rms_norm(*carry, w["attention_norm"], config.eps)
-        parts = jnp.split(ops.linear(x, w["qkv"]), (queries, queries + keys), axis=-1)
-        q, k, v = (x.reshape(batch, -1, 1, config.head_dim) for x in parts)
-        q, k = ops.rotary_embedding(q, *tables), ops.rotary_embedding(k, *tables)
+        turned, v = jnp.split(ops.linear(x, w["qkv"]), (queries + keys,), axis=-1)
+        turned, v = (x.reshape(batch, -1, 1, config.head_dim) for x in (turned, v))
+        q, k = jnp.split(ops.rotary_embedding(turned, *tables), (config.heads,), axis=1)
         k, v = jnp.concatenate([old_k, k], axis=2), jnp.concatenate([old_v, v], axis=2)
         y = ops.scaled_dot_product_attention(q, k, v, is_causal=False, enable_gqa=True)
         x, residual = ops.fused_add_rms_norm(

@@ -50,6 +50,9 @@ class RowCall:
         return f"{self.name}-{'-'.join(str(list(s or ())) for s in self.shapes)}-{self.options}".replace(" ", "")
 
 
+ALIKE = {"log", "sin", "cos", "erf", "tanh", "sigmoid", "rsqrt", "silu", "amin", "log_softmax"}
+"""Functions that differ from another one in their program only."""
+
 X = (3, 4, 10)
 ROW_CALLS = [
     *(RowCall(name, (X,), {"dim": dim}) for name in ("sum", "mean", "amax", "amin", "var") for dim in (-1, (0, 2), None)),

@@ -241,11 +241,14 @@ def test_torch_takes_tensors_that_require_gradients():
 
 @dtypes
 def test_jax_surroundings_do_not_matter(dtype):
-    """The same bits alone, fused into another program, under vmap and with 64-bit types enabled."""
+    """The reference model's bits when fused into another program, under vmap and with 64-bit types enabled."""
     fmt, contract = float_format(dtype), gemm_contract(dtype)
-    a, b = (to_jax(x, fmt) for x in every_kind(4, 70, 6, fmt))
-    bias = to_jax(operand_bits("subnormal", (6,), fmt, 5), fmt)
-    a = jnp.where(jnp.isfinite(a) & (jnp.abs(a) >= jnp.finfo(a.dtype).tiny), a, 1)  # the program's own product flushes
+    a_bits, b_bits = every_kind(4, 70, 6, fmt)
+    bias_bits = operand_bits("subnormal", (6,), fmt, 5)
+    magnitude, one = abs(fmt.decode(a_bits)), fmt.encode(np.ones((), np.float32))
+    ordinary = np.isfinite(magnitude) & (magnitude >= 2.0**fmt.min_exponent)
+    a_bits = np.where(ordinary, a_bits, one)  # the program's own product flushes
+    a, b, bias = (to_jax(x, fmt) for x in (a_bits, b_bits, bias_bits))
 
     def gemm(x, y):
         return jax_cpu.gemm(x, y, bias, alpha=0.7, beta=3.0, contract=contract, out_dtype=jnp.dtype(dtype))
@@ -255,8 +258,8 @@ def test_jax_surroundings_do_not_matter(dtype):
         out = gemm(jnp.flip(x, 0) * 1, jnp.flip(y, 0))
         return jnp.flip(out, 0), jnp.sum(out * 3 + 1 - out / 7)
 
-    expected = np.asarray(gemm(a, b)).view(fmt.storage)
-    results = [program(a, b)[0], jax.vmap(lambda x, y: gemm(x[None], y[None])[0])(a, b)]
+    expected = reference(a_bits, b_bits, contract, bias_bits=bias_bits, alpha=0.7, beta=3.0)
+    results = [program(a, b)[0], jax.jit(jax.vmap(lambda x, y: gemm(x[None], y[None])[0]))(a, b)]
     if dtype == "bfloat16":
         with jax.enable_x64(True):
             results.append(gemm(a, b))

@@ -16,6 +16,7 @@ from shared_specs.formats import float_format
 from shared_specs.inputs import operand_bits
 from shared_specs.reference import gemm as reference
 from tests.calls import CALLS
+from tests.model_engines import model_engines
 
 
 def draw(*shape, dtype="bfloat16", kind="normal", seed=0):
@@ -80,7 +81,7 @@ def test_values(op, dtype):
     assert (out.shape, out.dtype.name) == (exact.shape, dtype)
     bound = float(jnp.finfo(dtype).eps) * abs(exact) + chain * size
     assert (abs(np.asarray(out, np.float64) - exact) <= bound).all()
-    if op == "linear":
+    if (op, dtype) == ("linear", "bfloat16"):
         assert_same(jax.jit(bi_jax.linear)(*args), out)
 
 
@@ -185,7 +186,7 @@ def test_a_row_does_not_depend_on_the_batch(dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_zeros_at_the_end_are_neutral(dtype):
-    """Along K for outputs; along the rows of the batch for weight gradients."""
+    """Along K for outputs; along the rows of the batch for weight gradients. The engine's bits are the model's for any K."""
     x, weight, g = (draw(*s, dtype=dtype, kind="wide", seed=i) for i, s in enumerate([(13, 37), (6, 37), (13, 6)]))
 
     @jax.jit
@@ -196,8 +197,9 @@ def test_zeros_at_the_end_are_neutral(dtype):
     def pad(y, rows, columns):
         return np.pad(np.asarray(y), ((0, rows), (0, columns)))
 
-    out, grad = map(bits, outputs_and_gradient(x, weight, g))
-    padded_out, padded_grad = outputs_and_gradient(pad(x, 27, 30), pad(weight, 0, 30), pad(g, 27, 0))
+    with model_engines():
+        out, grad = map(bits, outputs_and_gradient(x, weight, g))
+        padded_out, padded_grad = outputs_and_gradient(pad(x, 27, 30), pad(weight, 0, 30), pad(g, 27, 0))
     assert_same(padded_out[:13], out)
     assert_same(padded_grad[:, :37], grad)
 

@@ -17,7 +17,7 @@ import bi_jax
 from tests.arrays import draw
 from tests.calls import CALLS
 from tests.model_engines import model_engines, patterns
-from tests.row_calls import ROW_CALLS, RowCall
+from tests.row_calls import ALIKE, ROW_CALLS, RowCall
 from tests.sharding import sharded
 from tests.test_frameworks_rows import call_in, to_jax
 
@@ -30,9 +30,6 @@ OPS = {call.name: call for call in (*PRODUCTS, ATTENTION)} | ROWS
 FORWARD = {*CALLS, "sum", "mean", "softmax", "rotary_embedding", "embedding"}
 FORWARD |= {"exp", "log", "sin", "cos", "erf", "tanh", "sigmoid", "rsqrt", "silu", "gelu"}
 """Ops that have a rule for forward-mode differentiation."""
-
-ALIKE = {"log", "sin", "cos", "erf", "tanh", "sigmoid", "rsqrt", "silu", "amin", "log_softmax"}
-"""Ops that differ from another one in their program only."""
 
 
 def each_of(names):

@@ -87,7 +87,7 @@ def test_samples_do_not_depend_on_batches():
 
 @pytest.fixture
 def small(monkeypatch, by_the_model):
-    size = Size(SMALL, Training(), batch=2, length=8, steps=2, every=1, sequences=3, prompt=4, sampled=2)
+    size = Size(replace(SMALL, layers=1), Training(), batch=2, length=8, steps=2, every=1, sequences=3, prompt=4, sampled=2)
     monkeypatch.setitem(cross_framework_llm.SIZES, "tiny", size)
 
 

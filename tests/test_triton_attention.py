@@ -35,12 +35,14 @@ def values(*shape, dtype="bfloat16"):
 
 
 SHAPES = [(2, 37, 5), (1, 2100, 130), (3, 64, 64)]
-"""The second has more keys than its parts have at a time, and two blocks of columns."""
+"""The second has more keys than its parts have at a time, and two blocks of columns: for one dtype, it takes long."""
 
 
 @pytest.mark.usefixtures("_interpreted")
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(shape, dtype) for shape in SHAPES for dtype in DTYPES if shape[1] < 2000 or dtype == "bfloat16"],
+)
 def test_take_and_settle(shape, dtype):
     n, keys, d = shape
     x = values(*shape, dtype=dtype)

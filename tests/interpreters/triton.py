@@ -6,10 +6,14 @@ and no assembly, calls predicates numbers, and cannot read a scalar under NumPy 
 dot is the reference model's chain, conversions round to nearest even, fma, maximum and minimum are those of the reference
 arithmetic, arithmetic gives the one NaN of the GPU, and a reduction halves its axis, after a check that its order cannot
 matter.
+
+The interpreter spends most of its time on describing types and shapes, which are few: they are kept here.
 """
 
 import contextlib
+import functools
 import importlib.util
+import math
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -74,7 +78,46 @@ def gpu_arithmetic() -> Iterator[None]:
     reduction = mock.patch.object(ReduceOps, "apply_impl", _reduce)
     # The launch patches the language; every call of a device function would patch it again, which takes as long as the rest.
     call = mock.patch.object(InterpretedFunction, "__call__", lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs))
-    with mock.patch.multiple(InterpreterBuilder, **patches), index, reduction, call, np.errstate(all="ignore"):
+    with mock.patch.multiple(InterpreterBuilder, **patches), index, reduction, call, _kept_types(), np.errstate(all="ignore"):
+        yield
+
+
+_BLOCK_TYPES: dict[Any, dict[str, Any]] = {}
+_NUMPY_TYPES: dict[str, np.dtype] = {}
+
+
+@functools.cache
+def _shape(extents: tuple[int, ...]) -> tuple[Any, Any]:
+    """The number of elements and the shape of a tensor, as Triton writes them."""
+    return tl.constexpr(math.prod(extents)), tl.tuple([tl.constexpr(extent) for extent in extents])
+
+
+@contextlib.contextmanager
+def _kept_types() -> Iterator[None]:
+    original, numpy_type = tl.block_type.__init__, interpreter._get_np_dtype
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *(x.value if isinstance(x, tl.constexpr) else x for x in shape))
+        if key not in _BLOCK_TYPES:
+            original(self, element_ty, shape)
+            _BLOCK_TYPES[key] = dict(vars(self))
+        vars(self).update(_BLOCK_TYPES[key])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = _shape(tuple(type.shape) if type.is_block() else ())
+
+    def np_dtype(type: Any) -> np.dtype:
+        name = type.scalar.name
+        if name not in _NUMPY_TYPES:
+            _NUMPY_TYPES[name] = numpy_type(type)
+        return _NUMPY_TYPES[name]
+
+    with (
+        mock.patch.object(tl.block_type, "__init__", block_type),
+        mock.patch.object(tl.tensor, "__init__", tensor),
+        mock.patch.object(interpreter, "_get_np_dtype", np_dtype),
+    ):
         yield
 
 
