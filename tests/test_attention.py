@@ -118,9 +118,11 @@ def expected(dtype, mask, is_causal, scale, tensors, cotangent):
 
 @contextmanager
 def path(monkeypatch, name):
-    """Small chunks, or an order for every row, as while a CUDA graph is captured."""
+    """On a GPU composed, in small chunks, or with an order for every row, as while a CUDA graph is captured."""
     with monkeypatch.context() as patch:
         patch.setattr(calls, "CALLS", {})
+        if name in ("composed", "chunks"):
+            patch.setattr(calls, "strides_of", lambda *operands: None)
         if name == "chunks":
             patch.setattr(library, "CHUNK", 7 * LK)
             patch.setattr(library, "CAUSAL_BLOCK", 2)
@@ -144,7 +146,7 @@ def test_output_and_gradients(name, device, monkeypatch):
         if mask.is_floating_point():
             inputs.append(mask.requires_grad_())
             gradients.append(of_mask(dscores, mask))
-    for how in ("whole", "chunks", "capture"):
+    for how in ("whole", *(["composed"] if device == "cuda" else []), "chunks", "capture"):
         with path(monkeypatch, how):
             out = attend(*inputs[:3], mask, is_causal=is_causal, scale=scale, enable_gqa=True)
             assert out.is_contiguous()

@@ -1,7 +1,7 @@
 """Calls that need no dispatcher: where it has nothing to do it is not asked, and the results are the same."""
 
 import math
-from collections import Counter
+from collections import ChainMap, Counter
 from types import SimpleNamespace
 from unittest import mock
 
@@ -28,7 +28,7 @@ from bi_torch.rows import cuda as rows_cuda
 from bi_torch.rows import library as rows_library
 from bi_torch.rows import softmax
 from bi_torch.rows.library import Op, RowOp
-from tests import test_triton_attention, test_triton_interpreter, test_triton_rows
+from tests import test_triton_attention, test_triton_fused_attention, test_triton_interpreter, test_triton_rows
 from tests.arrays import assert_same, draw
 from tests.interpreters.triton import gpu_arithmetic
 
@@ -111,9 +111,8 @@ def cpu_as_gpu(monkeypatch):
     def launch_rows(launch, device, call):
         counts["launched"] += 1
         with gpu_arithmetic():
-            kernel = vars(test_triton_rows.KERNELS).get(launch.kernel.__name__) or getattr(
-                test_triton_attention.KERNELS, launch.kernel.__name__
-            )
+            modules = test_triton_rows, test_triton_attention, test_triton_fused_attention
+            kernel = ChainMap(*(vars(module.KERNELS) for module in modules))[launch.kernel.__name__]
             kernel[(launch.grid,)](*launch.arguments(call), **launch.options)
 
     def launch_product(plan, device, *call):
@@ -203,24 +202,41 @@ ATTENTIONS = {
     "gaps": (6, (STEP, KEY, VALUE, GAPS), {"enable_gqa": True}),
     "nothing admitted": (6, (STEP, KEY, VALUE, GAPS & (torch.arange(2) > 0).view(2, 1, 1, 1)), {"enable_gqa": True}),
 }
-"""Launches, operands and options."""
+"""Launches where they are composed, operands and options."""
+
+
+def other_operands(operands):
+    """The same and others, laid out as they are."""
+    others = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x.flip(-1)) for x in operands[:3]]
+    return operands, (*others, *operands[3:])
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_attention_is_a_few_launches(name, request):
+def test_attention_is_one_launch(name, request):
     launches, operands, options = ATTENTIONS[name]
-    others = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x.flip(-1)) for x in operands[:3]]
+    counts = compare(lambda *x: F.scaled_dot_product_attention(*x, **options), lambda *x: x, other_operands(operands), request)
+    assert counts["launched"] == 2 * (launches if name == "float32" else 1)
+    assert len(calls.CALLS) <= 1  # none, where the mode has kept the call since another test
+
+
+COMPOSED = ["decoding of repeated keys", "overflow", "causal, tokens first", "left padding", "repeated queries"]
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_attention_that_is_not_fused_is_a_few_launches(name, request, monkeypatch):
+    launches, operands, options = ATTENTIONS[name]
+    monkeypatch.setattr(calls, "strides_of", lambda *operands: None)
     counts = compare(
-        lambda *x: F.scaled_dot_product_attention(*x, **options), lambda *x: x, (operands, (*others, *operands[3:])), request
+        lambda *x: bi_torch.scaled_dot_product_attention(*x, **options), lambda *x: x, other_operands(operands), request
     )
     assert counts["launched"] == 2 * launches
-    assert len(calls.CALLS) <= 1  # none, where the mode has kept the call since another test
+    assert len(calls.CALLS) == 1
 
 
 def test_attention_of_one_tensor_under_three_names(request):
     x, y = STEP[:1, :, :, :6].expand(1, 2, 4, 6).contiguous(), QUERY[:1, :, :4, :6].contiguous()
     counts = compare(F.scaled_dot_product_attention, lambda *x: x, ((x, x, x), (x, y, x), (y, x, x), (x, x, y)), request)
-    assert counts["launched"] == 4 * 3
+    assert counts["launched"] == 4
     assert len(calls.CALLS) <= 1  # none, where the mode has kept the call since another test
 
 
@@ -230,7 +246,7 @@ def test_attention_looks_at_its_mask_in_every_call(request):
     masks = (CAUSAL.expand(2, 1, 5, 21).contiguous(), LEFT, any_row)
     pairs = [(QUERY, KEY, VALUE, mask) for mask in (*masks, LEFT)]
     counts = compare(lambda *x: F.scaled_dot_product_attention(*x, enable_gqa=True), lambda *x: x, pairs, request)
-    assert counts["launched"] > 5 + 6 + 6
+    assert counts["launched"] > 3 + 1
     assert len(calls.CALLS) <= 1  # none, where the mode has kept the call since another test
 
 
@@ -291,7 +307,9 @@ def test_attention_in_chunks_and_its_gradients(name, monkeypatch, request):
     with torch.no_grad():
         expected = [attention_library.attention(*arguments), *backward(g, *arguments)]
         counts = request.getfixturevalue("cpu_as_gpu")
-        actual = [attention_library.attention(*arguments), *backward(g, *arguments)]
+        with monkeypatch.context() as patch:
+            patch.setattr(calls, "strides_of", lambda *operands: None)
+            actual = [attention_library.attention(*arguments), *backward(g, *arguments)]
     assert counts["launched"] > 10
     for x, y in zip(actual, expected, strict=True):
         assert_same(x, y)

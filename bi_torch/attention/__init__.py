@@ -1,4 +1,4 @@
-"""Attention under the contract of `shared_specs.attention`, composed of products and row programs."""
+"""Attention under the contract of `shared_specs.attention`, fused on a GPU, or composed of products and row programs."""
 
 from bi_torch.attention.api import scaled_dot_product_attention
 

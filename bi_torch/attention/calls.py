@@ -1,4 +1,4 @@
-"""Calls that are a few launches: attention on a GPU whose work is one chunk, without a mask or with a boolean one.
+"""Calls that are one launch or a few: attention on a GPU without a mask or with a boolean one, fused or in one chunk.
 
 What depends on shapes alone is decided once and kept, as for products (`bi_torch.gemm.library`) and rows: which launches, with
 which schedules, on which views. No tensor is kept but what was found in a mask, and that as long as the mask lives.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bi_torch.attention import library
 from bi_torch.attention.cuda import Settle, Take
+from bi_torch.attention.fused import Fused, Strides, strides_of
 from bi_torch.attention.keys import read_mask, remember
 from bi_torch.attention.layout import is_in_order, split
 from bi_torch.device import bind_context, new_tensor
@@ -110,16 +111,18 @@ class Call:
     """Attention for all arguments of one key.
 
     Attributes:
-        copies: how query, key and value come to be [N, *, *] in memory, None where they are; empty if all are.
+        strides: of the operands, if one launch takes them as they are.
+        copies: else how query, key and value come to be [N, *, *] in memory, None where they are; empty if all are.
         launches: by whether the mask has an order of keys.
     """
 
     layout: AttentionLayout
+    strides: Strides | None
     copies: tuple[Callable[[Tensor], Tensor] | None, ...]
     is_causal: bool
     scale: float
     enable_gqa: bool
-    launches: dict[bool, _Launches] = field(default_factory=dict)
+    launches: dict[bool, "_Launches | Fused"] = field(default_factory=dict)
 
     def __call__(self, given: Sequence[Any]) -> Tensor:
         query, key, value, mask = given
@@ -133,7 +136,7 @@ class Call:
             lengths, order = found
         bind_context()
         launches = self.launches.get(order is not None)
-        if launches is None:
+        if launches is None and self.strides is None:
             query, key, value = self.operands(query, key, value)
         elif self.copies:
             query, key, value = [
@@ -147,7 +150,7 @@ class Call:
 
     def _launch(
         self,
-        launches: _Launches | None,
+        launches: _Launches | Fused | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -156,8 +159,12 @@ class Call:
     ) -> Tensor:
         if launches is None:
             shape = (*self.layout.out, self.layout.queries, value.shape[-1])
-            causal = (query.shape[0] * query.shape[1], self.layout.queries) if self.is_causal else None
-            launches = _Launches.of(shape, query, key, value, lengths, order, causal, self.scale)
+            if self.strides is not None:
+                head, asked = (key.shape[-1], value.shape[-1]), (self.is_causal, lengths is not None, order is not None)
+                launches = Fused.of(shape, self.layout, self.strides, head, self.scale, *asked)
+            else:
+                causal = (query.shape[0] * query.shape[1], self.layout.queries) if self.is_causal else None
+                launches = _Launches.of(shape, query, key, value, lengths, order, causal, self.scale)
             self.launches[order is not None] = launches
         return launches(query, key, value, lengths, order, self.scale)
 
@@ -239,11 +246,15 @@ def new_call(
     enable_gqa: bool,
 ) -> Call | None:
     """The call of a key, of arguments that were checked; None if it is no mere launches."""
-    if not all(x.numel() for x in tensors) or not is_in_order(layout) or not library.is_one_chunk(layout, is_causal):
+    if not all(x.numel() for x in tensors) or not is_in_order(layout):
         return None
     if attn_mask is not None and (is_causal or attn_mask.dtype is not torch.bool):
         return None
-    call = Call(layout, (), is_causal, scale, enable_gqa)
+    call = Call(layout, strides_of(layout, *tensors), (), is_causal, scale, enable_gqa)
+    if call.strides is not None:
+        return keep(CALLS, key, call)
+    if not library.is_one_chunk(layout, is_causal):
+        return None
     viewed = [x.data_ptr() == y.data_ptr() for x, y in zip(tensors, call.operands(*tensors), strict=True)]
     if not all(viewed):
         own = layout.query, layout.key, layout.value

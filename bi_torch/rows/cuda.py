@@ -142,11 +142,12 @@ class Launch:
     warps: int
     registers: int | None = None
     run: Callable[..., None] | None = None
+    stages: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
         limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False, **limit}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False, **limit}
 
     def __call__(self, device: int, call: Any) -> None:
         """Launch on the current stream of the current device; a profiler's hooks see a full launch."""

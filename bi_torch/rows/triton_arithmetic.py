@@ -212,7 +212,7 @@ class TritonArithmetic:
 def evaluate(formulas, group, index, values, row_values, reduced, column, shape, _semantic=None):
     """Formula number `index` of "reductions", "outputs", "row_outputs" or "sums", broadcast to `shape`.
 
-    Outputs have the one NaN that is stored.
+    Outputs have the one NaN that is stored; "factors" are outputs that a product takes, to which every NaN is the same.
 
     Args:
         formulas: `Formulas`.
@@ -233,7 +233,8 @@ def evaluate(formulas, group, index, values, row_values, reduced, column, shape,
     for reduction, state in zip(reductions, reduced, strict=False):
         numbers = [value.value if isinstance(value, tl.constexpr) else value for value in state]
         setattr(e, reduction.name, sum_exp.SumExp(*numbers) if reduction.kind == "sum_exp" else numbers[0])
-    formula = reductions[index].of if group == "reductions" else list(getattr(program, group).values())[index]
+    of = "outputs" if group == "factors" else group
+    formula = reductions[index].of if group == "reductions" else list(getattr(program, of).values())[index]
     f = TritonArithmetic(_semantic)
     shape = [int(extent.value) if isinstance(extent, tl.constexpr) else int(extent) for extent in shape]
     value = formula(f, e)
