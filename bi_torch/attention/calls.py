@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bi_torch.attention import library
 from bi_torch.attention.cuda import Settle, Take
-from bi_torch.attention.fused import Fused, Strides, strides_of
+from bi_torch.attention.fused import Fused, Strides, is_faster, strides_of
 from bi_torch.attention.keys import read_mask, remember
 from bi_torch.attention.layout import is_in_order, split
 from bi_torch.device import bind_context, new_tensor
@@ -250,11 +250,14 @@ def new_call(
         return None
     if attn_mask is not None and (is_causal or attn_mask.dtype is not torch.bool):
         return None
-    call = Call(layout, strides_of(layout, *tensors), (), is_causal, scale, enable_gqa)
-    if call.strides is not None:
-        return keep(CALLS, key, call)
-    if not library.is_one_chunk(layout, is_causal):
+    one_chunk = library.is_one_chunk(layout, is_causal)
+    if not one_chunk or is_faster(layout, max(tensors[0].shape[-1], tensors[2].shape[-1])):
+        strides = strides_of(layout, *tensors)
+        if strides is not None:
+            return keep(CALLS, key, Call(layout, strides, (), is_causal, scale, enable_gqa))
+    if not one_chunk:
         return None
+    call = Call(layout, None, (), is_causal, scale, enable_gqa)
     viewed = [x.data_ptr() == y.data_ptr() for x, y in zip(tensors, call.operands(*tensors), strict=True)]
     if not all(viewed):
         own = layout.query, layout.key, layout.value

@@ -22,6 +22,10 @@ _INSTRUCTION = 16
 _MOST_HEAD = 128
 """Elements of a head whose tiles fit the registers."""
 _MOST_OFFSET = 2**31 - 1
+_SHORT = 1024
+"""Keys that one program reads in the time of a few launches."""
+_PROGRAMS = 64
+"""Programs that together read any number of keys faster than a few launches do."""
 _FEW = 256
 """Keys of rows that are summed with so many lanes. There are no more kinds of rows: a cache that grows compiles twice."""
 _PLAIN, _PREFIX = (Formulas(attention_softmax(prefix)) for prefix in (False, True))
@@ -51,14 +55,24 @@ def fused_schedule(rows: int, head: int) -> FusedSchedule:
     """The default for `rows` rows an entry and heads of `head` elements, keys' or values'.
 
     Few rows are bound by the latency of loads: deep pipelines, and a thread has 32 scores of a chunk of lanes. Many are bound
-    by arithmetic on scores: a thread has 32 of a tile, which leaves registers to the output and to independent exponentials.
+    by arithmetic on scores: a thread has 32 of a tile, which leaves registers to the output and to independent exponentials,
+    and with narrow heads so few registers that a multiprocessor runs 16 warps, or 12 where rows are too few for large blocks.
     """
     if rows <= _INSTRUCTION:
         block_rows = power_of_two(rows)
         return FusedSchedule(True, block_rows, 128 if head <= 64 else 64, max(4, block_rows), 4)
+    if head > 64:
+        return FusedSchedule(False, 64, 64, 4, 2)
     if rows <= 64:
-        return FusedSchedule(False, 64, 64, 4, 3)
-    return FusedSchedule(False, 128, 64, 8, 3 if head <= 64 else 2)
+        return FusedSchedule(False, 64, 64, 4, 3, 168)
+    return FusedSchedule(False, 128, 64, 8, 3, 128)
+
+
+def is_faster(layout: AttentionLayout, head: int) -> bool:
+    """Whether one launch takes less time than a few: where keys are many, they need more programs than that of few rows."""
+    rows = layout.group_count * layout.queries
+    programs = layout.entry_count * triton.cdiv(rows, fused_schedule(rows, head).block_rows)
+    return layout.keys <= _SHORT or programs >= _PROGRAMS
 
 
 @dataclass(frozen=True)
