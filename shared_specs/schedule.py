@@ -31,6 +31,7 @@ class GemmSchedule:
         persistent: one CTA per SM walks over the output tiles.
         group_m: tiles of M that neighbouring CTAs take before they move along N (L2 reuse).
         store_split: parts along N in which a tile is stored, so that the epilogue needs less shared memory.
+        split_a: float32 by tensor maps in Triton: a kernel of its own cuts A into its parts, rather than every CTA its tiles.
     """
 
     block_m: int
@@ -43,6 +44,7 @@ class GemmSchedule:
     persistent: bool = False
     group_m: int = 8
     store_split: int = 1
+    split_a: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
@@ -56,11 +58,15 @@ class GemmSchedule:
                 raise ValueError(f"GemmSchedule.{name} must be positive, got {getattr(self, name)}")
         if self.loads not in ("tma", "pointer"):
             raise ValueError(f"GemmSchedule.loads must be 'tma' or 'pointer', got {self.loads!r}")
+        if self.split_a and self.loads != "tma":
+            raise ValueError("GemmSchedule.split_a needs loads = 'tma'")
 
     def check(self, contract: GemmContract) -> None:
         """Raise ValueError unless this schedule can evaluate the chains of `contract`."""
         if self.block_k % contract.chain_k:
             raise ValueError(f"block_k = {self.block_k} must be a multiple of the contract's chain_k = {contract.chain_k}")
+        if self.split_a and contract.split is None:
+            raise ValueError(f"split_a is for float32 operands, the contract's are {contract.operand}")
 
     def to_json(self) -> str:
         """Canonical form: sorted keys, no spaces."""
@@ -94,6 +100,10 @@ class ScheduleRow:
     n: int | None
     k: int | None
     schedule: GemmSchedule
+
+    def __post_init__(self) -> None:
+        if self.schedule.split_a and self.engine != "triton":
+            raise ValueError(f"split_a is for Triton, the row is for {self.engine}")
 
     def admits(self, engine: str, op: str, dtype: str, m: int, n: int, k: int) -> bool:
         """True if this row serves the bucket (m, n, k)."""

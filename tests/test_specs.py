@@ -21,7 +21,7 @@ from shared_specs import (
     schedule_table,
 )
 from shared_specs.formats import FORMATS
-from shared_specs.schedule import bucket
+from shared_specs.schedule import ScheduleRow, bucket
 
 DTYPES = tuple(FORMATS)
 POWERS = st.integers(0, 8).map(lambda e: 1 << e)
@@ -159,6 +159,12 @@ def test_the_schedule_follows_m_while_the_contract_stays() -> None:
         (lambda: GemmSchedule(16, 16, 16, loads="dma"), "GemmSchedule.loads must be 'tma' or 'pointer', got 'dma'"),  # type: ignore[arg-type]
         (lambda: GemmSchedule(16, 16, 8).check(gemm_contract("bfloat16")), "block_k = 8 must be a multiple of"),
         (lambda: GemmSchedule(16, 16, 16).check(gemm_contract("float32")), "block_k = 16 must be a multiple of"),
+        (lambda: GemmSchedule(16, 16, 64, loads="pointer", split_a=True), "GemmSchedule.split_a needs loads = 'tma'"),
+        (lambda: GemmSchedule(16, 16, 64, split_a=True).check(gemm_contract("float16")), "split_a is for float32 operands"),
+        (
+            lambda: ScheduleRow("mosaic", "mm", ("float32",), None, None, None, GemmSchedule(16, 16, 64, split_a=True)),
+            "split_a is for Triton, the row is for mosaic",
+        ),
         (lambda: schedule_table("sm_80"), "no kernels for GPU architecture 'sm_80': supported are sm_90"),
         (lambda: gemm_schedule("triton", "int8", 1, 1, 1, "sm_90"), "table of sm_90 has no row for triton mm int8"),
         (lambda: GemmContract.from_json("[]"), "GemmContract needs a JSON object, got list"),

@@ -30,9 +30,16 @@ def run(a, b, bias, alpha, beta, out, contract, schedule, finite=False):
     """Launch what the CUDA path would launch, in the interpreter; operands are [B, M, K] and [B, K, N]."""
     plan = cuda._plan(a, b, bias, out, alpha != 1.0, contract, schedule, finite)
     with gpu_arithmetic():
-        getattr(KERNELS, plan.kernel.__name__)[plan.grid](
-            *plan.arguments(cuda._TensorMap.described, a, b, bias, out, alpha, beta), **plan.options
-        )
+        if plan.split_a is not None:
+            split, shape = plan.split_a
+            parts = torch.full(shape, torch.nan, dtype=torch.bfloat16)
+            launch(split, a, parts)
+            a = parts
+        launch(plan, a, b, bias, out, alpha, beta)
+
+
+def launch(plan, *call):
+    getattr(KERNELS, plan.kernel.__name__)[plan.grid](*plan.arguments(cuda._TensorMap.described, *call), **plan.options)
 
 
 def strided(x: torch.Tensor, storage: str) -> torch.Tensor:
@@ -90,6 +97,7 @@ def tma_storage(m, k, n):
 POINTER = GemmSchedule(block_m=16, block_n=16, block_k=32, warps=4, stages=2, loads="pointer")
 TMA = GemmSchedule(block_m=16, block_n=32, block_k=16, warps=4, stages=2, group_m=2)
 SPLIT = replace(POINTER, block_k=gemm_contract("float32").chain_k)
+SPLIT_TMA = [replace(TMA, block_k=SPLIT.block_k, split_a=swap, swap=swap) for swap in (False, True)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,6 +112,32 @@ def test_values_of_split_float32(kind):
     check("float32", 17, 130, 35, SPLIT, kind=kind)
     for chunks, swap in ((2, False), (4, True)):
         check("float32", 17, 330, 35, replace(SPLIT, block_k=chunks * SPLIT.block_k, swap=swap), kind=kind)
+
+
+@pytest.mark.parametrize("schedule", SPLIT_TMA, ids=repr)
+def test_split_float32_by_tensor_maps(schedule):
+    check("float32", 1, 64, 5, schedule, storage=tma_storage(1, 64, 5))
+    a_storage = "plain" if schedule.split_a else "padded"
+    check("float32", 17, 130, 33, schedule, kind="special", storage=(a_storage, "transposed padded"))
+    wide = replace(schedule, block_k=2 * schedule.block_k)
+    check("float32", 20, 72, 40, wide, storage=("transposed", "plain"), bias="full", alpha=0.3, beta=-1.7, finite=True)
+
+
+def test_the_table_serves_what_tensor_maps_cannot_describe(monkeypatch):
+    """An A that is split before is copied, so it may be stored in any way."""
+    monkeypatch.setattr(cuda, "architecture", lambda index, name: "sm_90")
+
+    def kernel(dtype, k, batch=1, pitch=None, m=64, n=64):
+        a = torch.empty(batch, m, pitch or k, dtype=dtype)[..., :k]
+        b, out = torch.empty(batch, n, k, dtype=dtype).mT, torch.empty(batch, m, n, dtype=dtype)
+        return cuda._plan(a, b, None, out, False, gemm_contract(str(dtype).removeprefix("torch.")), None).kernel.__name__
+
+    assert kernel(torch.float32, 68) == kernel(torch.float32, 68, pitch=69) == "gemm_split_tma"
+    assert kernel(torch.float32, 66) == kernel(torch.float32, 68, batch=2) == kernel(torch.float32, 0) == "gemm_split"
+    assert kernel(torch.float32, 68, m=24, n=4096) == "gemm_split_tma"
+    assert kernel(torch.float32, 68, m=24, n=4096, pitch=69) == "gemm_split"
+    assert kernel(torch.bfloat16, 72) == "gemm_tma"
+    assert kernel(torch.bfloat16, 68) == kernel(torch.bfloat16, 72, pitch=73) == "gemm_pointer"
 
 
 @pytest.mark.parametrize("block_n", [48, 40, 96])

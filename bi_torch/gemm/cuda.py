@@ -6,6 +6,7 @@ decode loop costs a dictionary look-up and a launch.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ import triton
 from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bi_torch.device import FIRST_LAUNCH, architecture, bind_context, direct_launcher, multiprocessors
+from bi_torch.device import FIRST_LAUNCH, architecture, bind_context, direct_launcher, multiprocessors, new_tensor
 from bi_torch.direct import ALIGNMENT as _TMA_ALIGNMENT
 from bi_torch.direct import keep, signature
 from bi_torch.gemm import triton_kernels
 from shared_specs import GemmContract, GemmSchedule, gemm_contract, gemm_schedule
+from shared_specs.contract import Float32Split
 
 _MAX_EXTENT = 2**31 - 2**16
 """Row and column numbers are 32-bit in the kernels, a tile beyond the edge included."""
@@ -82,6 +84,7 @@ class Plan:
         arguments: the kernel's arguments, from a function that makes one of a tensor map and its tensor, and a call's values.
         options: compile options.
         maps: the tensor maps, in the order of the kernel's arguments.
+        split_a: the launch that cuts A into its parts [parts, M, K] before, and their shape; None if A stays whole.
         run: the launch without Triton's dispatch; filled in by the first launch.
     """
 
@@ -90,6 +93,7 @@ class Plan:
     arguments: Callable[..., tuple[Any, ...]]
     options: dict[str, Any]
     maps: tuple["_TensorMap", ...] = ()
+    split_a: tuple["Plan", tuple[int, int, int]] | None = None
     run: Callable[..., None] | None = None
 
     def launch(
@@ -106,6 +110,12 @@ class Plan:
 
     def _launch(self, device: int, *call: Any) -> None:
         """Run on the current device, which is `device`; a profiler's hooks see a full launch."""
+        if self.split_a is not None:
+            split, shape = self.split_a
+            a, *rest = call
+            parts = new_tensor(shape, torch.bfloat16, a.device)
+            split._launch(device, a, parts)
+            call = (parts, *rest)
         if self.run is None or triton.knobs.runtime.launch_enter_hook.calls:
             arguments = self.arguments(_TensorMap.described, *call)
             self.kernel.warmup(*arguments, grid=self.grid, **self.options)  # compiles, on any number of threads at once
@@ -143,10 +153,11 @@ def _plan(
     n = b.shape[2]
     if max(m, n, k) > _MAX_EXTENT:
         raise ValueError(f"bi_torch.gemm on CUDA: M, N and K must not exceed {_MAX_EXTENT}, got {m}, {n}, {k}")
-    tma = batch == 1 and k > 0 and contract.split is None and _tma_major(a) is not None and _tma_major(b) is not None
     if schedule is None:
-        op = "mm" if tma or contract.split is not None else "mm_strided"
-        schedule = gemm_schedule("triton", contract.operand, m, n, k, architecture(out.device.index, "bi_torch.gemm"), op)
+        table = partial(gemm_schedule, "triton", contract.operand, m, n, k, architecture(out.device.index, "bi_torch.gemm"))
+        schedule = table()
+        if schedule.loads == "tma" and not _mappable(a, b, schedule):
+            schedule = table("mm_strided")
     schedule.check(contract)
     if _rest(schedule.block_m) or _rest(schedule.block_k) or _rest(_rest(schedule.block_n)):
         raise ValueError(
@@ -155,10 +166,12 @@ def _plan(
     options = {"num_warps": schedule.warps, "num_stages": schedule.stages, "enable_fp_fusion": False}
     tiles = triton.cdiv(m, schedule.block_m) * triton.cdiv(n, schedule.block_n)
     if schedule.loads == "tma":
-        if not tma:
+        if not _mappable(a, b, schedule):
             raise ValueError(
                 "bi_torch.gemm on CUDA: a schedule with loads='tma' needs one batch entry and 16-byte aligned rows"
             )
+        if contract.split is not None:
+            return _split_tma_plan(a, b, bias, out, scale, finite, schedule, contract.split, (tiles, 1, 1), options)
         programs = min(tiles, multiprocessors(out.device.index)) if schedule.persistent else tiles
         maps, arguments = _tma_arguments(a, b, bias, out, scale, finite, schedule)
         return Plan(triton_kernels.gemm_tma, (programs, 1, 1), arguments, options, maps)
@@ -167,6 +180,12 @@ def _plan(
     kernel = triton_kernels.gemm_pointer if contract.split is None else triton_kernels.gemm_split
     arguments = _pointer_arguments(a, b, bias, out, scale, finite, schedule, contract)
     return Plan(kernel, (tiles * batch, 1, 1), arguments, options)
+
+
+def _mappable(a: torch.Tensor, b: torch.Tensor, schedule: GemmSchedule) -> bool:
+    """Whether tensor maps can describe the operands [B, M, K] and [B, K, N]; an A that is split before need not have one."""
+    batch, _, k = a.shape
+    return batch == 1 and k > 0 and _tma_major(b) is not None and (schedule.split_a or _tma_major(a) is not None)
 
 
 def _rest(extent: int) -> int:
@@ -220,6 +239,62 @@ def _tma_arguments(
         )  # fmt: skip
 
     return tuple(x for x in (a_map, b_map, rest_map, out_map) if x is not None), arguments
+
+
+def _split_tma_plan(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    scale: bool,
+    finite: bool,
+    schedule: GemmSchedule,
+    rule: Float32Split,
+    grid: tuple[int, int, int],
+    options: dict[str, Any],
+) -> Plan:
+    """`gemm_split_tma`, after `split_rows` where the schedule splits A before."""
+    (_, m, k), n = a.shape, b.shape[2]
+    block_m, block_n, block_k = schedule.block_m, schedule.block_n, schedule.block_k
+    b_is_nk = _tma_major(b) == 1
+    b_map = _tensor_map(b, (2, 1) if b_is_nk else (1, 2), (block_n, block_k) if b_is_nk else (block_k, block_n))
+    split = None
+    if schedule.split_a:
+        if rule.parts * m > _MAX_EXTENT:
+            raise ValueError(
+                f"bi_torch.gemm on CUDA: an A that is split before has at most {_MAX_EXTENT // rule.parts} rows, got {m}"
+            )
+        pitch = triton.cdiv(k, _SPLIT_UNIT) * _SPLIT_UNIT
+        shape = (rule.parts, m, pitch)
+        parts = torch.empty(shape, dtype=torch.bfloat16, device=a.device)
+        a_is_km = False
+        a_map = _TensorMap(TensorDescriptor(parts, [rule.parts * m, pitch], [pitch, 1], [block_m, block_k]))
+        split_tail = (m, k, a.stride(1), a.stride(2), _SPLIT_UNIT, _SPLIT_BLOCK)
+        split_grid = (m * triton.cdiv(k, _SPLIT_BLOCK), 1, 1)
+        split_options = {"num_warps": _SPLIT_BLOCK // 256, "enable_fp_fusion": False}
+        split = Plan(triton_kernels.split_rows, split_grid, lambda _, a, parts: (a, parts, *split_tail), split_options), shape
+    else:
+        a_is_km = _tma_major(a) == 1
+        a_map = _tensor_map(a, (2, 1) if a_is_km else (1, 2), (block_k, block_m) if a_is_km else (block_m, block_k))
+    bias_strides = (bias.stride(1), bias.stride(2)) if bias is not None else (0, 0)
+    tail = (
+        m, n, k, out.stride(1), out.stride(2), *bias_strides, rule.cross, rule.promote_k, schedule.split_a, a_is_km, b_is_nk,
+        scale, bias is not None, finite, block_m, block_n, block_k, schedule.swap, schedule.group_m,
+    )  # fmt: skip
+
+    def arguments(
+        mapped: Callable[["_TensorMap", torch.Tensor], tuple[Any, ...]],
+        a: Any, b: Any, bias: Any, out: Any, alpha: float, beta: float,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        return *mapped(a_map, a), *mapped(b_map, b), out, bias, alpha, beta, *tail
+
+    return Plan(triton_kernels.gemm_split_tma, grid, arguments, options, (a_map, b_map), split)
+
+
+_SPLIT_UNIT = 8
+"""Elements of a part in 16 bytes, of which the rows of a tensor map are multiples."""
+_SPLIT_BLOCK = 1024
+"""Elements that one program of `split_rows` cuts."""
 
 
 class _TensorMap:

@@ -9,6 +9,7 @@ the epilogue's multiplications and additions are rounded one by one.
     gemm_tma       operands read through tensor maps: 16-byte aligned rows, one contiguous dimension
     gemm_pointer   masked loads: any strides, any size
     gemm_split     float32 operands as three bfloat16 parts (`Float32Split`), masked loads
+    gemm_split_tma the same, read through tensor maps; `split_rows` may have cut A into its parts before
 """
 
 import triton
@@ -204,14 +205,34 @@ def gemm_pointer(
     _store(out_ptr + batch * stride_out_b, value, row, col, M, N, stride_out_m, stride_out_n, FINITE)
 
 
+SPLIT: tl.constexpr = tl.constexpr("""{
+.reg .b32 low, high;
+.reg .f32 x, y;
+cvt.rz.bf16x2.f32 $0, $4, $3;
+shl.b32 low, $0, 16;
+and.b32 high, $0, 0xFFFF0000;
+sub.rn.f32 x, $3, low;
+sub.rn.f32 y, $4, high;
+cvt.rn.bf16x2.f32 $1, y, x;
+shl.b32 low, $1, 16;
+and.b32 high, $1, 0xFFFF0000;
+sub.rn.f32 x, x, low;
+sub.rn.f32 y, y, high;
+cvt.rn.bf16x2.f32 $2, y, x;
+}""")
+"""The parts of two float32, each two bfloat16 in a register. `cvt` makes a NaN canonical, as the contract asks of part 0."""
+
+
 @triton.jit
 def _split(x):
-    """The three bfloat16 parts of float32 x, largest first; a non-finite x is its first part alone."""
-    bits = tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FFFFFFF)
-    high = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    rest = tl.where(_is_finite(x), x - (bits & 0xFFFF0000).to(tl.float32, bitcast=True), 0.0)
-    middle = rest.to(tl.bfloat16)
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    """The three bfloat16 parts of float32 x, largest first.
+
+    Parts 1 and 2 of an infinity or a NaN are NaN here and zero in the contract. They enter the cross sum only, which does not
+    count where the high sum is not finite; and there it is not.
+    """
+    return tl.inline_asm_elementwise(
+        SPLIT, "=&r,=&r,=&r,f,f", [x], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+    )
 
 
 @triton.jit
@@ -303,3 +324,66 @@ def gemm_split(
         bias_ptr += batch * stride_bias_b
     value = _epilogue(acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE, BIAS)
     _store(out_ptr + batch * stride_out_b, value, row, col, M, N, stride_out_m, stride_out_n, FINITE)
+
+
+@triton.jit(do_not_specialize=["rows", "K"])
+def split_rows(x_ptr, parts_ptr, rows, K, stride_m, stride_k, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """The parts of float32 x [rows, K], to [3, rows, K rounded up to a multiple of UNIT]; zeros beyond K."""
+    blocks = _cdiv(K, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    k = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    pitch = _cdiv(K, UNIT) * UNIT
+    parts = _split(tl.load(x_ptr + row * stride_m + k.to(tl.int64) * stride_k, mask=k < K, other=0.0))
+    for part in tl.static_range(3):
+        tl.store(parts_ptr + (part * rows.to(tl.int64) + row) * pitch + k, parts[part], mask=k < pitch)
+
+
+@triton.jit(do_not_specialize=["M", "N", "K", "stride_out_m", "stride_out_n", "stride_bias_m", "stride_bias_n"])
+def gemm_split_tma(
+    a_desc, b_desc, out_ptr, bias_ptr, alpha, beta, M, N, K, stride_out_m, stride_out_n, stride_bias_m, stride_bias_n,
+    CROSS: tl.constexpr, CHUNK_K: tl.constexpr, SPLIT_A: tl.constexpr, A_IS_KM: tl.constexpr, B_IS_NK: tl.constexpr,
+    SCALE: tl.constexpr, BIAS: tl.constexpr, FINITE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """As `gemm_split`, for one batch entry whose operands tensor maps describe, as in `gemm_tma`; they zero-fill every edge.
+
+    With SPLIT_A, A arrives as the parts that `split_rows` makes, one below the other. A tile that reaches past the last row
+    of a part reads on in the next; what comes of those rows is not stored.
+    """
+    tile_m, tile_n = _tile(tl.program_id(0), _cdiv(M, BLOCK_M), _cdiv(N, BLOCK_N), GROUP_M)
+    m0 = tile_m * BLOCK_M
+    n0 = tile_n * BLOCK_N
+    CHUNKS: tl.constexpr = BLOCK_K // CHUNK_K
+    high = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    cross = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    for k0 in range(0, K, BLOCK_K):
+        b = b_desc.load([n0, k0]).T if B_IS_NK else b_desc.load([k0, n0])
+        b_parts = _split(_row_chunks(b, CHUNKS))
+        if SPLIT_A:
+            first = _column_chunks(a_desc.load([m0, k0]), CHUNKS)
+            second = _column_chunks(a_desc.load([M + m0, k0]), CHUNKS)
+            third = _column_chunks(a_desc.load([2 * M + m0, k0]), CHUNKS)
+            high_chain, cross_chain = _chains((first, second, third), b_parts, CROSS, SWAP)
+        else:
+            a = a_desc.load([k0, m0]).T if A_IS_KM else a_desc.load([m0, k0])
+            high_chain, cross_chain = _chains(_split(_column_chunks(a, CHUNKS)), b_parts, CROSS, SWAP)
+        high, cross = _promote(high, cross, high_chain, cross_chain, CHUNKS)
+    acc = tl.where(_is_finite(high), high + cross, high)
+    if SWAP:
+        acc = acc.T
+    row = m0 + tl.arange(0, BLOCK_M)
+    col = n0 + tl.arange(0, BLOCK_N)
+    value = _epilogue(acc, row, col, M, N, bias_ptr, stride_bias_m, stride_bias_n, alpha, beta, SCALE, BIAS)
+    _store(out_ptr, value, row, col, M, N, stride_out_m, stride_out_n, FINITE)
+
+
+@triton.jit
+def _row_chunks(x, CHUNKS: tl.constexpr):
+    """x [K, cols] as [CHUNKS, k, cols], or as it is if that is one chunk."""
+    return x if CHUNKS == 1 else tl.reshape(x, (CHUNKS, x.shape[0] // CHUNKS, x.shape[1]))
+
+
+@triton.jit
+def _column_chunks(x, CHUNKS: tl.constexpr):
+    """x [rows, K] as [CHUNKS, rows, k], or as it is if that is one chunk."""
+    return x if CHUNKS == 1 else tl.permute(tl.reshape(x, (x.shape[0], CHUNKS, x.shape[1] // CHUNKS)), (1, 0, 2))

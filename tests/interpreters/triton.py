@@ -27,6 +27,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle, interpreter_semantic
 
+from bi_torch.gemm import triton_kernels
 from shared_specs import BFLOAT16, FLOAT16, FLOAT32, HOPPER_DOT
 from shared_specs.formats import FLOAT32_NAN
 from shared_specs.reference import tensor_core
@@ -145,9 +146,21 @@ def _dot(
 def _assembly(
     self: Any, assembly: str, constraints: str, values: list[TensorHandle], types: list[Any], is_pure: bool, pack: int
 ) -> Any:
-    """The instruction of our kernels: a register to another."""
+    """The assembly of our kernels: a register to another, and the parts of a float32."""
+    if assembly == triton_kernels.SPLIT.value:
+        parts = _parts(values[0].data)
+        return SimpleNamespace(get_result=lambda i: TensorHandle(parts[i], tl.bfloat16))
     assert (assembly, constraints) == ("mov.b32 $0, $1;", "=r,r")
     return SimpleNamespace(get_result=lambda i: values[i])
+
+
+def _parts(x: np.ndarray) -> list[np.ndarray]:
+    """What `SPLIT` gives, instruction by instruction: a part toward zero, then two remainders rounded to nearest."""
+    parts, rest = [np.where(np.isnan(x), 0x7FFF, x.view(np.uint32) >> 16).astype(np.uint16)], x
+    for _ in range(2):
+        rest = rest - BFLOAT16.decode(parts[-1])
+        parts.append(BFLOAT16.encode(rest))
+    return parts
 
 
 def _reduce(self: Any, inputs: tuple[tl.tensor, ...]) -> tl.tensor:
