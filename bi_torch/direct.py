@@ -51,11 +51,22 @@ _CALLS = {
 kernels for them."""
 
 
-def call_device(keyset: torch.DispatchKeySet) -> str | None:
+def call_device(keyset: torch.DispatchKeySet, args: Iterable[Any], kwargs: Mapping[str, Any]) -> str | None:
     """As `kernel_device`, of the tensors of a call that the dispatcher made with these keys, and of all made of them."""
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _may_record((*args, *kwargs.values()))):
         return None
     return _CALLS.get(keyset.raw_repr())
+
+
+def _may_record(args: Iterable[Any]) -> bool:
+    """Whether a gradient may be recorded of arguments of an op: a tensor's own, or those of a list that is not of numbers."""
+    for x in args:
+        if isinstance(x, Tensor):
+            if x.requires_grad:
+                return True
+        elif type(x) in (list, tuple) and not all(type(i) in _PLAIN for i in x):
+            return True
+    return False
 
 
 def kernel_device(args: Iterable[Any]) -> str | None:

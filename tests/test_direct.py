@@ -20,7 +20,7 @@ from bi_torch.attention import cuda as attention_cuda
 from bi_torch.attention import library as attention_library
 from bi_torch.attention.keys import find_keys
 from bi_torch.device import direct_launcher
-from bi_torch.direct import kernel_device
+from bi_torch.direct import call_device, kernel_device
 from bi_torch.gemm import cuda as gemm_cuda
 from bi_torch.gemm import library as gemm_library
 from bi_torch.mode import set_batch_invariant_mode
@@ -348,13 +348,26 @@ def test_another_layout_is_another_call(request):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_plain_call_goes_through_the_dispatcher_once(name, monkeypatch):
-    """To the mode's kernel; none of our ops is called through it."""
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_plain_call_goes_through_the_dispatcher_once(name, recording, monkeypatch):
+    """To the mode's kernel, where no tensor needs a gradient; none of our ops is called through it."""
     monkeypatch.setattr(gemm_library, "_op", mock.Mock(side_effect=AssertionError))
     monkeypatch.setattr(Op, "_below_autograd", mock.Mock(side_effect=AssertionError))
     function, arguments = CALLS[name]
-    with set_batch_invariant_mode(), torch.no_grad():
+    with set_batch_invariant_mode(), torch.set_grad_enabled(recording):
         function(*arguments(draw(16, 16), draw(16, 16)))
+
+
+def test_a_call_that_records_goes_through_our_op(monkeypatch):
+    """A gradient may be recorded of any argument, one in a list or passed by keyword too."""
+    x, y = draw(16, 16), draw(16, 16)
+    wanted = x.clone().requires_grad_()
+    keyset = torch._C._dispatch_keys(x)
+    for args, kwargs in (((wanted, y), {}), ((y, wanted), {}), (([wanted],), {}), ((x,), {"out": wanted})):
+        assert call_device(keyset, args, kwargs) is None
+    with set_batch_invariant_mode():
+        assert torch.mm(y, wanted).requires_grad
+        assert F.rms_norm(y, (16,), wanted[0]).requires_grad
 
 
 class Unread(dict):

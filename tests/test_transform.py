@@ -184,7 +184,7 @@ def test_sums_over_devices(check_vma, by_the_model):
     assert_same(invariant(jax.value_and_grad(loss, 1))(x, W), want)
     assert_same(jax.value_and_grad(invariant(loss), 1)(x, W), want)
     total = [row for row in bi_jax.explain(loss, x, W).rows if row.primitive.startswith("psum")]
-    assert [row.contract.startswith("devices in order, sum-v2-") for row in total] == [True]
+    assert [row.contract.startswith("devices in order, sum-v3-") for row in total] == [True]
 
 
 def test_sums_over_an_axis_of_vmap(by_the_model):
@@ -381,7 +381,7 @@ def test_explain():
     assert rows["dot_general"].shapes == "bf16[2,8], bf16[8,8] -> bf16[2,8]"
     assert rows["dot_general"].contract.startswith("gemm-v1-bfloat16-")
     assert rows["exp"].contract.endswith(" on a CPU")
-    assert rows["reduce_sum"].contract.startswith("sum-v2-")
+    assert rows["reduce_sum"].contract.startswith("sum-v3-")
     assert "test_transform.py" in rows["cumsum"].contract
     assert (rows["cumsum"].treatment, rows["div"].treatment, rows["broadcast_in_dim"].treatment) == (
         "uncovered",

@@ -117,7 +117,7 @@ def _kernel(name: str, key: str, function: Function, refuse: Callable[..., None]
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         args = tensors(args)
         if not THREAD.inside:
-            outside, device = THREAD.device, call_device(keyset)
+            outside, device = THREAD.device, call_device(keyset, args, kwargs)
             THREAD.device = device
             try:
                 result = repeated(args, kwargs) if device == "cuda" else function(*args, **kwargs)
