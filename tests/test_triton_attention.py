@@ -9,20 +9,13 @@ import torch
 from bi_torch.attention import cuda, library, triton_kernels
 from tests import test_triton_interpreter, test_triton_rows
 from tests.arrays import DTYPES, assert_same, draw
-from tests.interpreters.triton import gpu_arithmetic, interpreted
+from tests.interpreters.triton import interpreted, interpreted_launches
 from tests.test_triton_rows import INEXACT, for_an_h100
 
 KERNELS = interpreted(triton_kernels, test_triton_interpreter.KERNELS, test_triton_rows.KERNELS)
 
 
-@pytest.fixture
-def _interpreted(monkeypatch):
-    def launch(self, device, call):
-        with gpu_arithmetic():
-            kernel = getattr(KERNELS, self.kernel.__name__)
-            kernel[(self.grid,)](*self.arguments(call), **self.options)
-
-    monkeypatch.setattr(cuda.Launch, "__call__", launch)
+_interpreted = interpreted_launches(KERNELS)
 
 
 def values(*shape, dtype="bfloat16"):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import bi_torch
-from bi_torch.attention import calls, fused, library, triton_fused
+from bi_torch.attention import calls, library, triton_fused
 from bi_torch.attention.fused import Fused, FusedSchedule, fused_schedule, strides_of
 from tests import test_triton_attention
 from tests.arrays import DTYPES, assert_same, draw
-from tests.interpreters.triton import gpu_arithmetic, interpreted
+from tests.interpreters.triton import interpreted, interpreted_launches
 from tests.test_triton_attention import test_triton_interpreter, test_triton_rows
 from tests.test_triton_rows import INEXACT, for_an_h100
 
@@ -25,14 +25,7 @@ LONG = [
 """Keys and schedules that take few steps of the interpreter."""
 
 
-@pytest.fixture
-def _interpreted(monkeypatch):
-    def launch(self, device, call):
-        with gpu_arithmetic():
-            kernel = getattr(KERNELS, self.kernel.__name__)
-            kernel[(self.grid,)](*self.arguments(call), **self.options)
-
-    monkeypatch.setattr(fused.Launch, "__call__", launch)
+_interpreted = interpreted_launches(KERNELS)
 
 
 def prepared(query, key, value, mask=None, *, is_causal=False, scale=0.3, schedule=None):

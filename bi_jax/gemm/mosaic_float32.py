@@ -35,12 +35,13 @@ from bi_jax.gemm.mosaic_kernel import (
     Multiply,
     Operand,
     Plan,
-    affine,
     copy_bias,
     full_array,
     promoted_chains,
 )
 from bi_jax.gemm.split import split
+from bi_jax.index import affine
+from shared_specs import ptx
 from shared_specs.contract import Float32Split
 
 Ref = Any
@@ -144,24 +145,6 @@ class RegisterSplitPlan(Plan):
         _store(self, acc, bias, out, scratch, wg, corner)
 
 
-_SPLIT = """{
-.reg .b32 low, high;
-.reg .f32 x, y;
-cvt.rz.bf16x2.f32 $0, $4, $3;
-shl.b32 low, $0, 16;
-and.b32 high, $0, 0xFFFF0000;
-sub.rn.f32 x, $3, low;
-sub.rn.f32 y, $4, high;
-cvt.rn.bf16x2.f32 $1, y, x;
-shl.b32 low, $1, 16;
-and.b32 high, $1, 0xFFFF0000;
-sub.rn.f32 x, x, low;
-sub.rn.f32 y, y, high;
-cvt.rn.bf16x2.f32 $2, y, x;
-}"""
-"""The parts of two float32, each two bfloat16 in a register. `cvt` makes a NaN canonical, as the contract asks of part 0."""
-
-
 def _split(x: jax.Array, rule: Float32Split) -> list[jax.Array]:
     """The parts of a register array, `split` in PTX; interpret mode runs `split`."""
     if exact.is_emulated():
@@ -184,7 +167,7 @@ def _split_pair(pair: ir.Value) -> list[ir.Value]:
     i32 = ir.IntegerType.get_signless(32)
     elements = [llvm.extractelement(pair, llvm.mlir_constant(ir.IntegerAttr.get(i32, i))) for i in range(2)]
     struct = llvm.StructType.get_literal([i32] * 3)
-    parts = llvm.inline_asm(struct, elements, _SPLIT, "=&r,=&r,=&r,f,f", has_side_effects=False)
+    parts = llvm.inline_asm(struct, elements, ptx.SPLIT, ptx.SPLIT_REGISTERS, has_side_effects=False)
     bf16_pair = ir.VectorType.get((2,), ir.BF16Type.get())
     return [llvm.bitcast(bf16_pair, llvm.extractvalue(i32, parts, [i])) for i in range(3)]
 

@@ -32,6 +32,7 @@ from jaxlib.mlir import ir
 
 from bi_jax import exact
 from bi_jax.branch import when
+from bi_jax.index import affine, quotient_and_rest
 from shared_specs.contract import GemmContract
 from shared_specs.schedule import GemmSchedule
 
@@ -503,25 +504,10 @@ def _bias_piece(plan: Plan, bias: Ref, columns: slice) -> jax.Array:
 
 def _tile(index: Any, tiles_m: int, tiles_n: int, group_m: int) -> tuple[Any, Any, Any]:
     """(batch, tile of M, tile of N): within groups of `group_m` tiles of M, M runs fastest, for reuse in the L2 cache."""
-    batch, index = _divmod(index, tiles_m * tiles_n)
-    group, index = _divmod(index, group_m * tiles_n)
+    batch, index = quotient_and_rest(index, tiles_m * tiles_n)
+    group, index = quotient_and_rest(index, group_m * tiles_n)
     height = lax.min(affine(group, -group_m, np.int32(tiles_m)), np.int32(group_m))
     return batch, affine(group, group_m, lax.rem(index, height)), lax.div(index, height)
-
-
-def _divmod(x: Any, y: int) -> tuple[Any, Any]:
-    return lax.div(x, np.int32(y)), lax.rem(x, np.int32(y))
-
-
-def affine(x: Any, factor: int, offset: Any = 0) -> Any:
-    """x * factor + offset of int32 scalars. A kernel has dozens, and `jax.lax` traces faster than the operators of arrays."""
-    if isinstance(x, int):
-        x, offset = offset, x * factor
-        return x + offset if isinstance(x, int) else affine(x, 1, offset)
-    x = x if factor == 1 else lax.mul(x, np.int32(factor))
-    if isinstance(offset, int):
-        return lax.add(x, np.int32(offset)) if offset else x
-    return lax.add(x, offset)
 
 
 def full_array(shape: tuple[int, ...], value: float) -> jax.Array:

@@ -34,6 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bi_jax.branch import when
+from bi_jax.index import quotient_and_rest
 from bi_jax.rows.formulas import FILL, Combination, Formulas, Stage, Step, fold, row_formulas
 from bi_jax.rows.ptx import Level, Node
 from bi_jax.rows.values import WARP, Chunk, Scope, dtype_of, over_threads, tree
@@ -486,10 +487,6 @@ def _lanes(n: int) -> int:
     return max(VECTOR, ROW_CONTRACT.lanes_for(n))
 
 
-def _divmod(x: Any, y: int) -> tuple[Any, Any]:
-    return lax.div(x, np.int32(y)), lax.rem(x, np.int32(y))
-
-
 def partial_count(stage: Stage) -> int:
     """Results that a segment leaves."""
     return len(stage.steps)
@@ -527,7 +524,7 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
         call = worker.call()
 
         def segment(index: Any) -> Any:
-            row, part = _divmod(index, plan.segments)
+            row, part = quotient_and_rest(index, plan.segments)
             worker.long_row(call, row, row, part, phases, lambda _: None)
             return Draw()(worker.ticket, refs[WORDS])
 
@@ -540,8 +537,8 @@ def kernel(plan: Plan, phases: range, inputs: Sequence[str], outputs: Mapping[st
             if plan.segments == 1:
                 worker.short_rows(call, (index * plan.warpgroups + warpgroup) * (plan.block_rows // plan.warpgroups))
                 return
-            slot, member = _divmod(warpgroup, plan.row_warpgroups)
-            index, part = _divmod(index, plan.blocks)
+            slot, member = quotient_and_rest(warpgroup, plan.row_warpgroups)
+            index, part = quotient_and_rest(index, plan.blocks)
             row = index * plan.block_rows + slot
 
             def meet(_: int) -> None:

@@ -23,6 +23,10 @@ from shared_specs.contract import Float32Split
 
 _MAX_EXTENT = 2**31 - 2**16
 """Row and column numbers are 32-bit in the kernels, a tile beyond the edge included."""
+_SPLIT_UNIT = 8
+"""Elements of a part in 16 bytes, of which the rows of a tensor map are multiples."""
+_SPLIT_BLOCK = 1024
+"""Elements that one program of `split_rows` cuts."""
 
 
 def gemm(
@@ -208,25 +212,21 @@ def _tma_arguments(
 ) -> tuple[tuple["_TensorMap", ...], Callable[..., tuple[Any, ...]]]:
     """The tensor maps of `gemm_tma`, and its arguments from the tensors of a call."""
     m, n, k = a.shape[1], b.shape[2], a.shape[2]
-    a_is_km, b_is_nk = _tma_major(a) == 1, _tma_major(b) == 1
     store_tma = _tma_major(out) == 2
     block_m, block_k, rest_n = schedule.block_m, schedule.block_k, _rest(schedule.block_n)
     block_n = schedule.block_n - rest_n
     # A bias passes through shared memory as well; wider outputs take more of it.
     pieces = schedule.store_split * out.element_size() // a.element_size() * (1 if bias is None else 2)
     piece_n = max((rest_n or block_n) // pieces, _TMA_ALIGNMENT // out.element_size())
-    a_map = _tensor_map(a, (2, 1) if a_is_km else (1, 2), (block_k, block_m) if a_is_km else (block_m, block_k))
-    b_dims = (2, 1) if b_is_nk else (1, 2)
-    b_map = _tensor_map(b, b_dims, (block_n, block_k) if b_is_nk else (block_k, block_n))
-    rest_map = _tensor_map(b, b_dims, (rest_n, block_k) if b_is_nk else (block_k, rest_n)) if rest_n else None
+    a_map, a_is_km = _operand_map(a, block_m, block_k)
+    b_map, b_is_nk = _operand_map(b, block_k, block_n)
+    rest_map = _operand_map(b, block_k, rest_n)[0] if rest_n else None
     out_map = _tensor_map(out, (1, 2), (block_m, piece_n)) if store_tma else None
-    out_strides = (out.stride(1), out.stride(2))
-    bias_strides = (bias.stride(1), bias.stride(2)) if bias is not None else (0, 0)
     constants = (
         a_is_km, b_is_nk, scale, bias is not None, finite, store_tma, block_m, block_n, rest_n, block_k,
         schedule.swap, schedule.group_m, piece_n, schedule.persistent,
     )  # fmt: skip
-    tail = (m, n, k, *out_strides, *bias_strides, *constants)
+    tail = (m, n, k, *_epilogue_strides(out, bias), *constants)
 
     def arguments(
         mapped: Callable[["_TensorMap", torch.Tensor], tuple[Any, ...]],
@@ -256,29 +256,12 @@ def _split_tma_plan(
     """`gemm_split_tma`, after `split_rows` where the schedule splits A before."""
     (_, m, k), n = a.shape, b.shape[2]
     block_m, block_n, block_k = schedule.block_m, schedule.block_n, schedule.block_k
-    b_is_nk = _tma_major(b) == 1
-    b_map = _tensor_map(b, (2, 1) if b_is_nk else (1, 2), (block_n, block_k) if b_is_nk else (block_k, block_n))
-    split = None
-    if schedule.split_a:
-        if rule.parts * m > _MAX_EXTENT:
-            raise ValueError(
-                f"bi_torch.gemm on CUDA: an A that is split before has at most {_MAX_EXTENT // rule.parts} rows, got {m}"
-            )
-        pitch = triton.cdiv(k, _SPLIT_UNIT) * _SPLIT_UNIT
-        shape = (rule.parts, m, pitch)
-        parts = torch.empty(shape, dtype=torch.bfloat16, device=a.device)
-        a_is_km = False
-        a_map = _TensorMap(TensorDescriptor(parts, [rule.parts * m, pitch], [pitch, 1], [block_m, block_k]))
-        split_tail = (m, k, a.stride(1), a.stride(2), _SPLIT_UNIT, _SPLIT_BLOCK)
-        split_grid = (m * triton.cdiv(k, _SPLIT_BLOCK), 1, 1)
-        split_options = {"num_warps": _SPLIT_BLOCK // 256, "enable_fp_fusion": False}
-        split = Plan(triton_kernels.split_rows, split_grid, lambda _, a, parts: (a, parts, *split_tail), split_options), shape
-    else:
-        a_is_km = _tma_major(a) == 1
-        a_map = _tensor_map(a, (2, 1) if a_is_km else (1, 2), (block_k, block_m) if a_is_km else (block_m, block_k))
-    bias_strides = (bias.stride(1), bias.stride(2)) if bias is not None else (0, 0)
+    b_map, b_is_nk = _operand_map(b, block_k, block_n)
+    split = _split_plan(a, rule) if schedule.split_a else None
+    stored = a if split is None else torch.empty(split[1], dtype=torch.bfloat16, device=a.device).view(1, -1, split[1][-1])
+    a_map, a_is_km = _operand_map(stored, block_m, block_k)
     tail = (
-        m, n, k, out.stride(1), out.stride(2), *bias_strides, rule.cross, rule.promote_k, schedule.split_a, a_is_km, b_is_nk,
+        m, n, k, *_epilogue_strides(out, bias), rule.cross, rule.promote_k, schedule.split_a, a_is_km, b_is_nk,
         scale, bias is not None, finite, block_m, block_n, block_k, schedule.swap, schedule.group_m,
     )  # fmt: skip
 
@@ -291,10 +274,22 @@ def _split_tma_plan(
     return Plan(triton_kernels.gemm_split_tma, grid, arguments, options, (a_map, b_map), split)
 
 
-_SPLIT_UNIT = 8
-"""Elements of a part in 16 bytes, of which the rows of a tensor map are multiples."""
-_SPLIT_BLOCK = 1024
-"""Elements that one program of `split_rows` cuts."""
+def _split_plan(a: torch.Tensor, rule: Float32Split) -> tuple[Plan, tuple[int, int, int]]:
+    """`split_rows` of A [1, M, K], and the shape of the parts."""
+    _, m, k = a.shape
+    if rule.parts * m > _MAX_EXTENT:
+        raise ValueError(
+            f"bi_torch.gemm on CUDA: an A that is split before has at most {_MAX_EXTENT // rule.parts} rows, got {m}"
+        )
+    tail = (m, k, a.stride(1), a.stride(2), _SPLIT_UNIT, _SPLIT_BLOCK)
+    grid, options = (m * triton.cdiv(k, _SPLIT_BLOCK), 1, 1), {"num_warps": _SPLIT_BLOCK // 256, "enable_fp_fusion": False}
+    plan = Plan(triton_kernels.split_rows, grid, lambda _, a, parts: (a, parts, *tail), options)
+    return plan, (rule.parts, m, triton.cdiv(k, _SPLIT_UNIT) * _SPLIT_UNIT)
+
+
+def _epilogue_strides(out: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """Of the rows and columns of the output and of the bias."""
+    return out.stride(1), out.stride(2), *((0, 0) if bias is None else (bias.stride(1), bias.stride(2)))
 
 
 class _TensorMap:
@@ -335,6 +330,13 @@ def _tensor_map(x: torch.Tensor, dims: tuple[int, int], block: tuple[int, int]) 
     rows, contiguous = dims
     extents, strides = [x.shape[rows], x.shape[contiguous]], [_pitch(x, rows, contiguous), 1]
     return _TensorMap(TensorDescriptor(x[0], extents, strides, list(block)))
+
+
+def _operand_map(x: torch.Tensor, block_rows: int, block_cols: int) -> tuple[_TensorMap, bool]:
+    """The map of blocks of matrix x [1, rows, cols], and whether x is stored transposed."""
+    if _tma_major(x) == 1:
+        return _tensor_map(x, (2, 1), (block_cols, block_rows)), True
+    return _tensor_map(x, (1, 2), (block_rows, block_cols)), False
 
 
 def _pointer_arguments(

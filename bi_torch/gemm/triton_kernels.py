@@ -15,6 +15,8 @@ the epilogue's multiplications and additions are rounded one by one.
 import triton
 import triton.language as tl
 
+from shared_specs import ptx
+
 
 @triton.jit
 def _cdiv(x, BLOCK: tl.constexpr):
@@ -205,22 +207,8 @@ def gemm_pointer(
     _store(out_ptr + batch * stride_out_b, value, row, col, M, N, stride_out_m, stride_out_n, FINITE)
 
 
-SPLIT: tl.constexpr = tl.constexpr("""{
-.reg .b32 low, high;
-.reg .f32 x, y;
-cvt.rz.bf16x2.f32 $0, $4, $3;
-shl.b32 low, $0, 16;
-and.b32 high, $0, 0xFFFF0000;
-sub.rn.f32 x, $3, low;
-sub.rn.f32 y, $4, high;
-cvt.rn.bf16x2.f32 $1, y, x;
-shl.b32 low, $1, 16;
-and.b32 high, $1, 0xFFFF0000;
-sub.rn.f32 x, x, low;
-sub.rn.f32 y, y, high;
-cvt.rn.bf16x2.f32 $2, y, x;
-}""")
-"""The parts of two float32, each two bfloat16 in a register. `cvt` makes a NaN canonical, as the contract asks of part 0."""
+SPLIT: tl.constexpr = tl.constexpr(ptx.SPLIT)
+SPLIT_REGISTERS: tl.constexpr = tl.constexpr(ptx.SPLIT_REGISTERS)
 
 
 @triton.jit
@@ -231,7 +219,7 @@ def _split(x):
     count where the high sum is not finite; and there it is not.
     """
     return tl.inline_asm_elementwise(
-        SPLIT, "=&r,=&r,=&r,f,f", [x], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        SPLIT, SPLIT_REGISTERS, [x], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
     )
 
 

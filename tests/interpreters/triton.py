@@ -22,13 +22,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle, interpreter_semantic
 
-from bi_torch.gemm import triton_kernels
-from shared_specs import BFLOAT16, FLOAT16, FLOAT32, HOPPER_DOT
+from bi_torch.rows.cuda import Launch
+from shared_specs import BFLOAT16, FLOAT16, FLOAT32, HOPPER_DOT, ptx
 from shared_specs.formats import FLOAT32_NAN
 from shared_specs.reference import tensor_core
 from shared_specs.reference.arithmetic import NumpyArithmetic
@@ -81,6 +82,20 @@ def gpu_arithmetic() -> Iterator[None]:
     call = mock.patch.object(InterpretedFunction, "__call__", lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs))
     with mock.patch.multiple(InterpreterBuilder, **patches), index, reduction, call, _kept_types(), np.errstate(all="ignore"):
         yield
+
+
+def interpreted_launches(kernels: ModuleType) -> Any:
+    """A fixture in which launches prepared for a GPU run the kernels of the same names in `kernels`, which are interpreted."""
+
+    @pytest.fixture
+    def fixture(monkeypatch: pytest.MonkeyPatch) -> None:
+        def launch(self: Launch, device: int, call: Any) -> None:
+            with gpu_arithmetic():
+                getattr(kernels, self.kernel.__name__)[(self.grid,)](*self.arguments(call), **self.options)
+
+        monkeypatch.setattr(Launch, "__call__", launch)
+
+    return fixture
 
 
 _BLOCK_TYPES: dict[Any, dict[str, Any]] = {}
@@ -147,7 +162,7 @@ def _assembly(
     self: Any, assembly: str, constraints: str, values: list[TensorHandle], types: list[Any], is_pure: bool, pack: int
 ) -> Any:
     """The assembly of our kernels: a register to another, and the parts of a float32."""
-    if assembly == triton_kernels.SPLIT.value:
+    if (assembly, constraints) == (ptx.SPLIT, ptx.SPLIT_REGISTERS):
         parts = _parts(values[0].data)
         return SimpleNamespace(get_result=lambda i: TensorHandle(parts[i], tl.bfloat16))
     assert (assembly, constraints) == ("mov.b32 $0, $1;", "=r,r")
