@@ -39,8 +39,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 EAGER, COMPILED, PYTORCH, JAX = "eager", "torch.compile", "bi_torch", "bi_jax"
 L2_MULTIPLE = 4
 """The inputs of one program take at least this many times the L2 cache, or one call's do."""
-CALLS = 8
-"""Calls of one program, at least, where that is cheap."""
+MOST_INPUTS = 16
+"""Different inputs of one program, at most."""
+PROGRAM_BYTES = 1 << 30
+"""A program makes as many calls as have inputs of this size together, ..."""
+MOST_CALLS = 128
+"""... but no more than this: the host takes longer to start a program than the device to run one short kernel."""
 
 
 @dataclass(frozen=True)
@@ -149,14 +153,15 @@ def measure_operation(
     """Every column for one operation and dtype; a process of its own runs this."""
     operation, itemsize = OPERATIONS[name], DTYPES[dtype].itemsize
     torch._dynamo.config.cache_size_limit = 64
+    torch._inductor.config.compile_threads = 1  # there is a process for every operation
     calls = {EAGER: operation.eager, COMPILED: torch.compile(operation.eager, dynamic=False), PYTORCH: operation.ours}
     contenders = {column: calls[column] for column in calls if column in columns}
 
     def calls_of(rows: int, cols: int) -> tuple[int, int]:
         """Calls of a program, and how many of them have inputs of their own."""
         size = operation.elements * rows * cols * itemsize
-        distinct = min(-(-L2_MULTIPLE * torch.cuda.get_device_properties().L2_cache_size // size), 64)
-        return max(distinct, CALLS if size < 1 << 28 else 1), distinct
+        distinct = min(-(-L2_MULTIPLE * torch.cuda.get_device_properties().L2_cache_size // size), MOST_INPUTS)
+        return max(distinct, min(PROGRAM_BYTES // size, MOST_CALLS)), distinct
 
     in_jax = {}
     for shape in shapes:

@@ -20,6 +20,7 @@ from bi_torch.rows.schedule import (
     MOST_COOPERATING,
     column_cover,
     is_resident,
+    pointwise_cover,
     power_of_two,
     register_limit,
     row_cover,
@@ -452,9 +453,7 @@ def _components(kind: str) -> int:
 
 def _pointwise_launch(shape: _Shape, operands: Sequence[torch.Tensor | torch.dtype]) -> Launch:
     total = shape.rows * shape.n
-    vector = _vector(*operands)
-    warps, repeat = 8, max(1, 8 // (vector * shape.elements))
-    block = 32 * warps * vector
+    warps, block, repeat = pointwise_cover(total, shape.elements, _vector(*operands))
     tail = (total, Formulas(shape.program), block, repeat)
 
     def arguments(call: _Call) -> tuple[Any, ...]:

@@ -124,6 +124,17 @@ def row_schedule(rows: int, n: int, elements: int, vector: int, reductions: int,
     return RowSchedule(1, 8, blocks_per_row=max(1, min(segments, PROGRAMS // max(1, rows))))
 
 
+def pointwise_cover(total: int, elements: int, vector: int) -> tuple[int, int, int]:
+    """(warps, elements of a block, blocks of a program) of `pointwise` on `elements` inputs of `total` elements.
+
+    A thread loads some 8 elements before it stores any, but fewer where programs would be: then it is latency that counts.
+    """
+    warps, repeat = 8, max(1, 8 // (vector * elements))
+    while vector > 1 and total < PROGRAMS * 32 * warps * vector * repeat:
+        vector, repeat = vector // 2, 1
+    return warps, 32 * warps * vector, repeat
+
+
 def column_cover(rows: int, n: int, vector: int, group: int | None = None) -> tuple[int, int, int]:
     """(lanes of a group, strips, columns of a block) of `column_sums`."""
     block_n = min(power_of_two(n), 8 * vector)
