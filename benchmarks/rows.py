@@ -43,7 +43,7 @@ MOST_INPUTS = 16
 """Different inputs of one program, at most."""
 PROGRAM_BYTES = 1 << 30
 """A program makes as many calls as have inputs of this size together, ..."""
-MOST_CALLS = 128
+MOST_CALLS = 64
 """... but no more than this: the host takes longer to start a program than the device to run one short kernel."""
 
 
@@ -184,7 +184,7 @@ def measure_operation(
             if JAX in columns:
                 programs[JAX] = compiled_program(in_jax[shape], [tuple(map(to_jax, args)) for args in rotated])
             copy_us = operation.bytes(*shape, itemsize) / rate
-            measurements.append(Measurement(name, dtype, *shape, copy_us, microseconds(programs, repeats=3)))
+            measurements.append(Measurement(name, dtype, *shape, copy_us, microseconds(programs)))
             del programs, fresh, rotated
             torch.cuda.empty_cache()
     return measurements

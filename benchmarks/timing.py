@@ -7,8 +7,10 @@ queue and to notice its end drops out. Arguments that rotate, and together excee
 model reads its weights. Columns take turns, so that a change of the clock rate hits all of them.
 """
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -82,16 +84,31 @@ def jax_compiled(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]])
 
 def microseconds(programs: dict[str, Program], *, seconds: float = 0.01, repeats: int = 5) -> dict[str, float]:
     """Median time per call of each program, in microseconds; a short queue runs for about `seconds`, a long one thrice that."""
-    runs = {}
-    for name, program in programs.items():
-        _elapsed(program, 1)
-        runs[name] = max(1, min(500, round(seconds / _elapsed(program, 1))))
-    samples: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats):
+    with _no_garbage_collection():
+        runs = {}
         for name, program in programs.items():
-            short, long = (_elapsed(program, count * runs[name]) for count in (1, 3))
-            samples[name].append((long - short) / (2 * runs[name] * program.calls))
-    return {name: median(times) * 1e6 for name, times in samples.items()}
+            _elapsed(program, 1)
+            runs[name] = max(1, min(500, round(seconds / _elapsed(program, 1))))
+        samples: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+        for _ in range(repeats):
+            for name, program in programs.items():
+                samples[name].append((_elapsed(program, runs[name]), _elapsed(program, 3 * runs[name])))
+    result = {}
+    for name, program in programs.items():
+        short, long = (median(times) for times in zip(*samples[name], strict=True))
+        result[name] = (long - short) / (2 * runs[name] * program.calls) * 1e6
+    return result
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A collection takes milliseconds, as long as a queue."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def host_microseconds(call: Callable[[], Any], wait: Callable[[Any], object], *, calls: int = 200, repeats: int = 7) -> float:
