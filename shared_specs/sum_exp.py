@@ -38,6 +38,16 @@ def term(f: Arithmetic, x: Value, segment_max: Value) -> Value:
     return scalar.exp_of_term(f, f.sub(x, shift(f, segment_max)))
 
 
+def near_term(f: Arithmetic, x: Value, segment_max: Value) -> Value:
+    """The bits of `term` with fewer operations, where `near` holds."""
+    return scalar.exp_of_near_term(f, f.sub(x, segment_max))
+
+
+def near(f: Arithmetic, x: Value, segment_max: Value) -> Value:
+    """Whether `near_term` may stand for `term` at x and at all that lies between x and the maximum; not beside NaN or infinity."""
+    return f.less(scalar.NEAR, f.sub(x, segment_max))
+
+
 def rescaled(f: Arithmetic, segment: SumExp, row_max: Value) -> Value:
     """What a segment adds to its row's sum: `segment.sum` where it holds the maximum, 0 where it is -inf throughout."""
     return f.mul(segment.sum, weight(f, segment.max, row_max))

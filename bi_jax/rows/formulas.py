@@ -28,12 +28,14 @@ class Step:
         value: what is folded.
         result: the input that later steps read.
         kept: values computed here that later steps need, too.
+        near: of a sum of exponentials, `value` by fewer operations where everything is `sum_exp.near` the maximum.
     """
 
     kind: str
     value: Node
     result: Node
     kept: tuple[Node, ...] = ()
+    near: Node | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +119,8 @@ def row_formulas(program: RowProgram, n: int, one_segment: bool, dtypes: tuple[t
         term, weight = sum_exp.term(f, value, segment_largest), sum_exp.weight(f, segment_largest, largest)
         largest_part = f.input(f"{name} maxima", Level.ELEMENT)
         rescaled = sum_exp.rescaled(f, sum_exp.SumExp(largest_part, part), largest)
-        steps = Step("max", value, segment_largest), Step("sum", term, segment)
+        near = sum_exp.near_term(f, value, segment_largest)
+        steps = Step("max", value, segment_largest), Step("sum", term, segment, near=near)
         combinations = (
             Combination("max", (largest_part,), largest_part, largest),
             Combination("sum", (largest_part, part), rescaled, result),

@@ -37,7 +37,7 @@ from bi_jax.branch import when
 from bi_jax.index import quotient_and_rest
 from bi_jax.rows.formulas import FILL, Combination, Formulas, Stage, Step, fold, row_formulas
 from bi_jax.rows.ptx import Level, Node
-from bi_jax.rows.values import WARP, Chunk, Scope, dtype_of, over_threads, tree
+from bi_jax.rows.values import WARP, Chunk, Scope, dtype_of, over_threads, over_warps, tree
 from bi_jax.rows.warpgroup import (
     ACCESS,
     CHUNK,
@@ -46,6 +46,8 @@ from bi_jax.rows.warpgroup import (
     Await,
     Columns,
     Draw,
+    EveryThread,
+    Extreme,
     FirstWarp,
     Lanes,
     Load,
@@ -57,8 +59,10 @@ from bi_jax.rows.warpgroup import (
     Store,
     StoreValue,
     Sync,
+    ThreadExtreme,
     width,
 )
+from shared_specs import sum_exp
 from shared_specs.rows import ROW_CONTRACT, RowProgram
 
 SEGMENT = ROW_CONTRACT.segment
@@ -375,20 +379,54 @@ class Worker:
 
     def reduce(self, stage: Stage, scope: Scope, chunks: Sequence[Chunk]) -> list[jax.Array]:
         """The results of the steps of `stage` over `chunks`, which are also left in `scope`."""
+        near = None
         for step in stage.steps:
-            scope.values[step.result] = self._fold(step, chunks)
+            if step.kind == "max" and step is not stage.steps[-1] and self._is_narrow(step.value):
+                scope.values[step.result], near = self._extremes(step, scope, chunks)
+            else:
+                scope.values[step.result] = self._fold(step, chunks, near)
         return [scope.values[step.result] for step in stage.steps]
 
-    def _fold(self, step: Step, chunks: Sequence[Chunk]) -> jax.Array:
-        """A lane's chain over the chunks, then the tree over lanes."""
+    def _is_narrow(self, node: Node) -> bool:
+        """Whether it is an element of 16 bits."""
+        return node.operation in self.plan.program.elements and jnp.dtype(self.dtypes[node.operation]).itemsize == 2
+
+    def _extremes(self, step: Step, scope: Scope, chunks: Sequence[Chunk]) -> tuple[jax.Array, jax.Array]:
+        """The maximum over elements of 16 bits, which are compared as they are, and in which warps all are near it."""
+        largest = smallest = None
+        for chunk in chunks:
+            chunk.prepare([step.value])
+            x = value = chunk.values[step.value]
+            if chunk.end is not None:  # the zeros behind it may be the smallest
+                masked = self.formulas.masked(step.value, chunk.end, FILL["max"])
+                (value,) = chunk.get([masked], [self.dtypes[step.value.operation]])
+            largest = value if largest is None else Extreme("max")(largest, value)
+            smallest = x if smallest is None else Extreme("min")(smallest, x)
+        maximum = over_warps("max", ThreadExtreme("max")(largest), self.plan.lanes, self.scratch)
+        f = self.formulas.listing
+        lowest = f.input("lowest", step.result.level)
+        own = Scope(scope.level, scope.load, scope)
+        own.values |= {lowest: ThreadExtreme("min")(smallest), step.result: maximum}
+        (near,) = own.get([f.select(sum_exp.near(f, lowest, step.result), 1, 0)])
+        return maximum, EveryThread()(near)
+
+    def _fold(self, step: Step, chunks: Sequence[Chunk], near: jax.Array | None = None) -> jax.Array:
+        """A lane's chain over the chunks, then the tree over lanes. `near`: in which warps `step.near` holds."""
         f, lanes = self.formulas.listing, self.plan.lanes
         so_far, accumulator = f.input("so far", Level.ELEMENT), None
         for chunk in chunks:
-            value = step.value if chunk.end is None else self.formulas.masked(step.value, chunk.end, FILL[step.kind])
             start: Node | float = FILL[step.kind]
             if accumulator is not None:
                 start, chunk.values[so_far] = so_far, accumulator
-            (accumulator,) = chunk.get([fold(f, step.kind, start, value)], keep=step.kept if self.plan.keeps else ())
+
+            def folded(value: Node, chunk: Chunk = chunk, start: Node | float = start) -> Node:
+                value = value if chunk.end is None else self.formulas.masked(value, chunk.end, FILL[step.kind])
+                return fold(f, step.kind, start, value)
+
+            kept = step.kept if self.plan.keeps else ()
+            assert near is None or {*kept} <= {step.value}, step
+            cheaper = None if near is None else (near, (folded(step.near), *(step.near for _ in kept)))
+            (accumulator,) = chunk.get([folded(step.value)], keep=kept, near=cheaper)
             chunk.values.pop(so_far, None)
             chunk.forget(self.plan.program.columns)
         return tree(step.kind, accumulator, lanes, self.scratch, self.plan.run)

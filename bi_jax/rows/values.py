@@ -6,7 +6,7 @@ import jax
 
 from bi_jax.rows.formulas import fold
 from bi_jax.rows.ptx import Block, Level, Listing, Node, adjacent_pairs, needed
-from bi_jax.rows.warpgroup import CHUNK, THREADS, VECTOR, Evaluate, Exchange, Ref, Shuffle, Unpack, Warps
+from bi_jax.rows.warpgroup import CHUNK, THREADS, VECTOR, Evaluate, EvaluateEither, Exchange, Ref, Shuffle, Unpack, Warps
 
 WARP = 32
 
@@ -30,14 +30,28 @@ class Scope:
         value = self.values.get(node)
         return self.outer.find(node) if value is None and self.outer else value
 
-    def get(self, roots: Sequence[Node], dtypes: Sequence[str] | None = None, keep: Sequence[Node] = ()) -> list[jax.Array]:
-        """The values of `roots`, rounded to `dtypes`; those of `keep` stay in the scope."""
+    def get(
+        self,
+        roots: Sequence[Node],
+        dtypes: Sequence[str] | None = None,
+        keep: Sequence[Node] = (),
+        near: tuple[jax.Array, Sequence[Node]] | None = None,
+    ) -> list[jax.Array]:
+        """The values of `roots`, rounded to `dtypes`; those of `keep` stay in the scope.
+
+        `near`: where it holds, for whole warps, and what then has the values of `roots` and of `keep`.
+        """
         keep = [x for x in keep if self.find(x) is None]
         results = (*roots, *keep)
-        _, leaves = needed(results, self._is_leaf)
+        others = () if near is None else tuple(near[1][: len(results)])
+        _, leaves = needed((*results, *others), self._is_leaf)
         self.prepare(leaves)
-        types = [*(dtypes or map(dtype_of, roots)), *map(dtype_of, keep)]
-        values = Evaluate(Block(tuple(leaves), results), tuple(types), self.size)(*map(self.find, leaves))
+        types = tuple([*(dtypes or map(dtype_of, roots)), *map(dtype_of, keep)])
+        given, block = [*map(self.find, leaves)], Block(tuple(leaves), results)
+        if near is None:
+            values = Evaluate(block, types, self.size)(*given)
+        else:
+            values = EvaluateEither(block, types, self.size, Block(tuple(leaves), others))(near[0], *given)
         self.values.update(zip(keep, values[len(roots) :], strict=True))
         return values[: len(roots)]
 
@@ -103,6 +117,13 @@ def tree(kind: str, x: jax.Array, lanes: int, scratch: Ref, run: int = VECTOR) -
     if threads > WARP:
         value = combined(kind, Warps(threads // WARP)(scratch, value))
     return combined(kind, [value, Shuffle(1)(value)]) if apart else value
+
+
+def over_warps(kind: str, value: jax.Array, lanes: int, scratch: Ref) -> jax.Array:
+    """One value a thread reduced by `kind`, in any order, over the threads that hold `lanes` elements each."""
+    threads = lanes // VECTOR
+    value = over_threads(kind, value, min(WARP, threads))
+    return combined(kind, Warps(threads // WARP)(scratch, value)) if threads > WARP else value
 
 
 def over_threads(kind: str, value: jax.Array, threads: int, distance: int = 1) -> jax.Array:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
 from bi_jax.rows.ptx import Block
 
@@ -34,6 +34,7 @@ ACCESS = 16
 Ref = Any
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _REF = plgpu.RefType()
+_PAIR = {"bfloat16": "bf16x2", "float16": "f16x2"}
 
 
 @dataclass(frozen=True)
@@ -508,6 +509,85 @@ class Evaluate(Instruction):
         return [_fragments(_rounded(values, dtype), dtype) for values, dtype in zip(columns, self.dtypes, strict=True)]
 
 
+@dataclass(frozen=True)
+class EvaluateEither(Evaluate):
+    """(condition, *inputs): as `Evaluate`, but the outputs of the block `near` in warps where the condition is not 0.
+
+    It must be the same throughout a warp.
+    """
+
+    near: Block
+
+    def result(self, condition, *inputs):
+        return super().result(*inputs)
+
+    def emit(self, context, condition, *inputs):
+        holds = _compare("ne", _first_register(condition), _i32(0))
+        types = [ir.VectorType.get((self.size // THREADS,), utils.dtype_to_ir_type(jnp.dtype(x))) for x in self.dtypes]
+        branch = scf.IfOp(holds, types, has_else=True)
+        for block, body in ((self.near, branch.then_block), (self.block, branch.else_block)):
+            with ir.InsertionPoint(body):
+                values = Evaluate(block, self.dtypes, self.size).emit(context, *inputs)
+                scf.yield_([x.registers.flat[0] for x in values])
+        return [_fragments(x, dtype) for x, dtype in zip(branch.results, self.dtypes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Extreme(Instruction):
+    """(x, y): the larger or smaller elements of two chunks of 16 bits, two at a time; NaN wins.
+
+    Attributes:
+        kind: "max" or "min".
+    """
+
+    kind: str
+
+    def result(self, x, y):
+        return _array(x.shape, x.dtype)
+
+    def emit(self, context, x, y):
+        element = ir.VectorType(x.registers.flat[0].type).element_type
+        pairs = zip(*(_bitcast_vector(value.registers.flat[0], _i32_type()) for value in (x, y)), strict=True)
+        words = [_extreme(self.kind, pair, element) for pair in pairs]
+        return _fragments(_bitcast_words(words, element), _name(element))
+
+
+@dataclass(frozen=True)
+class ThreadExtreme(Instruction):
+    """(x): the largest or smallest of a thread's elements of 16 bits, as float32; NaN wins.
+
+    Attributes:
+        kind: "max" or "min".
+    """
+
+    kind: str
+
+    def result(self, x):
+        return _array((THREADS,), "float32")
+
+    def emit(self, context, x):
+        (register,) = x.registers.flat
+        element = ir.VectorType(register.type).element_type
+        words = _bitcast_vector(register, _i32_type())
+        word = functools.reduce(lambda a, b: _extreme(self.kind, (a, b), element), words)
+        low, high = _elements(_fragments(_bitcast_words([word], element), _name(element)))
+        text = f"{self.kind}.NaN.f32 $0, $1, $2;"
+        return _fragments(_vector(_assembly(text, "=f,f,f", [ir.F32Type.get()], [low, high])), "float32")
+
+
+@dataclass(frozen=True)
+class EveryThread(Instruction):
+    """(x): 1 in warps where x is not 0 in any thread, else 0."""
+
+    def result(self, x):
+        return _array((THREADS,), "int32")
+
+    def emit(self, context, x):
+        text = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.all.pred p, p, 0xFFFFFFFF; selp.b32 $0, 1, 0, p; }"
+        words = _assembly(text, "=r,r", [_i32_type()], [_first_register(x)], side_effects=True)
+        return _fragments(_vector(words), "int32")
+
+
 def zeros() -> jax.Array:
     """A chunk of float32 zeros."""
     return plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), _layout((CHUNK,)))
@@ -577,13 +657,22 @@ def _elements(x: mgpu.FragmentedArray) -> list[ir.Value]:
     return [llvm.fpext(ir.F32Type.get(), value) for value in values] if isinstance(element, ir.F16Type) else values
 
 
+def _name(element: ir.Type) -> str:
+    """The dtype of 16-bit floats."""
+    return "bfloat16" if isinstance(element, ir.BF16Type) else "float16"
+
+
+def _extreme(kind: str, pair: Sequence[ir.Value], element: ir.Type) -> ir.Value:
+    """The larger or smaller halves of two words of 16-bit floats."""
+    return _assembly(f"{kind}.NaN.{_PAIR[_name(element)]} $0, $1, $2;", "=r,r,r", [_i32_type()], list(pair))[0]
+
+
 def _rounded(values: Sequence[ir.Value], dtype: str) -> ir.Value:
     """float32 or int32 values as a vector of `dtype`."""
     if jnp.dtype(dtype).itemsize == 4:
         return _vector(values)
-    name = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
     pairs = zip(values[::2], values[1::2], strict=True)
-    text = f"cvt.rn.{name}.f32 $0, $2, $1;"
+    text = f"cvt.rn.{_PAIR[dtype]}.f32 $0, $2, $1;"
     words = [_assembly(text, "=r,f,f", [_i32_type()], list(pair))[0] for pair in pairs]
     return _bitcast_words(words, utils.dtype_to_ir_type(jnp.dtype(dtype)))
 

@@ -1,5 +1,6 @@
 """What the instructions of `bi_jax.rows.warpgroup` do, in NumPy: stand-ins for their PTX on a machine without a GPU."""
 
+import functools
 from collections.abc import Sequence
 from functools import singledispatch
 from typing import Protocol
@@ -200,6 +201,33 @@ def _(instruction: warpgroup.Evaluate, *inputs: np.ndarray) -> list[np.ndarray]:
             out = float_format(dtype).encode(out).view(jnp.dtype(dtype))
         results.append(np.ascontiguousarray(out, jnp.dtype(dtype)))
     return results
+
+
+@run.register
+def _(instruction: warpgroup.EvaluateEither, condition: np.ndarray, *inputs: np.ndarray) -> list[np.ndarray]:
+    warps = condition.reshape(-1, 32)
+    assert (warps == warps[:, :1]).all(), "threads of a warp part"
+    blocks = (instruction.near, instruction.block)
+    both = [run(warpgroup.Evaluate(block, instruction.dtypes, instruction.size), *inputs) for block in blocks]
+    holds = np.repeat(condition != 0, instruction.size // THREADS)
+    return [np.where(holds, near, other) for near, other in zip(*both, strict=True)]
+
+
+@run.register
+def _(instruction: warpgroup.Extreme, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+    f, fmt = NumpyArithmetic(), float_format(x.dtype.name)
+    return [fmt.encode(getattr(f, instruction.kind)(_widened(x), _widened(y))).view(x.dtype)]
+
+
+@run.register
+def _(instruction: warpgroup.ThreadExtreme, x: np.ndarray) -> list[np.ndarray]:
+    f = NumpyArithmetic()
+    return [functools.reduce(getattr(f, instruction.kind), _widened(x).reshape(THREADS, VECTOR).T)]
+
+
+@run.register
+def _(instruction: warpgroup.EveryThread, x: np.ndarray) -> list[np.ndarray]:
+    return [np.repeat((x.reshape(-1, 32) != 0).all(axis=1), 32).astype(np.int32)]
 
 
 def _widened(x: np.ndarray) -> np.ndarray:
