@@ -94,6 +94,16 @@ def outputs_read_elements(program: RowProgram) -> bool:
 
 
 @cache
+def element_reduced(program: RowProgram, index: int) -> str | None:
+    """The element that reduction `index` is over as it is, if it is over nothing else."""
+    f, e = Tracer(), _inputs(program)
+    for reduction in program.reductions[:index]:
+        setattr(e, reduction.name, _result(reduction))
+    value = program.reductions[index].of(f, e)
+    return value if value in program.elements else None
+
+
+@cache
 def is_elementwise(program: RowProgram) -> bool:
     """Whether each output element depends on the elements at its place and on scalars alone."""
     return not (

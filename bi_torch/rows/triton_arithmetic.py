@@ -17,7 +17,7 @@ from triton.language.core import builtin
 
 from shared_specs import sum_exp
 from shared_specs.rows import ColumnProgram, RowProgram
-from shared_specs.trace import contract_id, outputs_read_elements, terms_read
+from shared_specs.trace import contract_id, element_reduced, outputs_read_elements, terms_read
 
 _NARROW = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 _SIGN = -(2**31)
@@ -41,6 +41,12 @@ class Formulas:
         assert isinstance(self.program, RowProgram)
         return self.program.reductions[index] in terms_read(self.program)
 
+    def element_of(self, index: int) -> int:
+        """The position of the element that reduction `index` is over as it is, or -1."""
+        assert isinstance(self.program, RowProgram)
+        name = element_reduced(self.program, index)
+        return -1 if name is None else self.program.elements.index(name)
+
     def reads_elements(self) -> bool:
         """Whether outputs read elements."""
         return outputs_read_elements(self.program)
@@ -56,6 +62,12 @@ def reduction_count(formulas):
 def kind_of(formulas, index):
     """The kind of a reduction."""
     return formulas.program.reductions[index].kind
+
+
+@constexpr_function
+def element_of(formulas, index):
+    """The position of the element that a reduction is over as it is, or -1."""
+    return formulas.element_of(index)
 
 
 @constexpr_function
@@ -270,6 +282,18 @@ def smaller(x, y, _semantic=None):
 def exp_term(x, segment_max, _semantic=None):
     """`sum_exp.term`."""
     return sum_exp.term(TritonArithmetic(_semantic), x, segment_max)
+
+
+@builtin
+def near_exp_term(x, segment_max, _semantic=None):
+    """`sum_exp.near_term`."""
+    return sum_exp.near_term(TritonArithmetic(_semantic), x, segment_max)
+
+
+@builtin
+def near(x, segment_max, _semantic=None):
+    """`sum_exp.near`."""
+    return sum_exp.near(TritonArithmetic(_semantic), x, segment_max)
 
 
 @builtin

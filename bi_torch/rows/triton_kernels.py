@@ -26,11 +26,14 @@ import triton.language as tl
 
 from bi_torch.rows.triton_arithmetic import (
     canonical,
+    element_of,
     evaluate,
     exp_term,
     kind_of,
     larger,
     last_reading_stage,
+    near,
+    near_exp_term,
     reads_elements,
     reads_terms,
     reduction_count,
@@ -229,12 +232,94 @@ def _reduced_values(
 
 
 @triton.jit
+def _pairwise(x, y, KIND: tl.constexpr):
+    """The larger or smaller elements of tiles of 16-bit floats, two at a time; NaN wins."""
+    TYPE: tl.constexpr = "bf16x2" if x.dtype == tl.bfloat16 else "f16x2"
+    TEXT: tl.constexpr = KIND + ".NaN." + TYPE + " $0, $1, $2;"
+    return tl.inline_asm_elementwise(TEXT, "=r,r,r", [x, y], x.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def _terms(
+    tiles, base, N, maximum, NEAR: tl.constexpr, KEEP: tl.constexpr,
+    ELEMENT: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The chains over chunks of a sum of exponentials by pieces; and its terms by tiles, where to KEEP."""
+    sums, terms = (), ()
+    for i in tl.static_range(len(tiles)):
+        (x,) = _numbers((tiles[i][ELEMENT],), True)
+        inside = _column(base, i % CHUNKS, i // CHUNKS, LANES, PIECE) < N
+        if NEAR:
+            term = near_exp_term(x, maximum)
+            if i % CHUNKS >= FULL:
+                term = tl.where(inside, term, 0.0)
+        else:
+            if i % CHUNKS >= FULL:
+                x = tl.where(inside, x, -float("inf"))
+            term = exp_term(x, maximum)
+        terms = terms + (term,)
+    for piece in tl.static_range(len(terms) // CHUNKS):
+        total = _chain(terms[piece * CHUNKS : (piece + 1) * CHUNKS])
+        if NEAR:  # or the compiler would add up behind the branch, where it would hold every term
+            bits = total.to(tl.int32, bitcast=True)
+            bits = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [bits], tl.int32, is_pure=False, pack=1)
+            total = bits.to(tl.float32, bitcast=True)
+        sums = sums + (total,)
+    if KEEP:
+        return sums, terms
+    else:
+        return sums, ()
+
+
+@triton.jit
+def _narrow_sum_exp(
+    tiles, base, N, KEEP: tl.constexpr,
+    ELEMENT: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """As `_segment_results`, of a segment of 16-bit elements: they are compared as they are, and most segments are near."""
+    largest = tiles[0][ELEMENT]
+    smallest = largest
+    for i in tl.static_range(len(tiles)):
+        x = tiles[i][ELEMENT]
+        smallest = _pairwise(smallest, x, "min")  # zeros behind the row's end may be the smallest
+        if i % CHUNKS >= FULL:
+            inside = _column(base, i % CHUNKS, i // CHUNKS, LANES, PIECE) < N
+            x = tl.where(inside, x.to(tl.float32), -float("inf")).to(x.dtype)
+        largest = x if i == 0 else _pairwise(largest, x, "max")
+    maximum = _extreme(largest.to(tl.float32), "max")
+    minimum = _extreme(smallest.to(tl.float32), "min")
+    if tl.reshape(near(tl.reshape(minimum, [1]), tl.reshape(maximum, [1])), []):
+        sums, terms = _terms(tiles, base, N, maximum, True, KEEP, ELEMENT, CHUNKS, LANES, PIECE, FULL)
+    else:
+        sums, terms = _terms(tiles, base, N, maximum, False, KEEP, ELEMENT, CHUNKS, LANES, PIECE, FULL)
+    return (maximum, _lane_sums(sums, 1)), terms
+
+
+@triton.jit
 def _segment_results(
     FORMULAS: tl.constexpr, INDEX: tl.constexpr, tiles, columns, row_values, reduced, base, N,
     BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """What reduction INDEX makes of each segment, a tuple of [BLOCK_ROWS, SEGMENTS, 1]; and the terms of a sum_exp by tiles."""
+    KIND: tl.constexpr = kind_of(FORMULAS, INDEX)
+    ELEMENT: tl.constexpr = element_of(FORMULAS, INDEX)
+    NARROW: tl.constexpr = ELEMENT >= 0 and tiles[0][ELEMENT].dtype.primitive_bitwidth == 16
+    if KIND == "sum_exp" and NARROW and BLOCK_ROWS == 1 and base.shape[1] == 1:
+        return _narrow_sum_exp(tiles, base, N, reads_terms(FORMULAS, INDEX), ELEMENT, CHUNKS, LANES, PIECE, FULL)
+    else:
+        return _wide_results(
+            FORMULAS, INDEX, tiles, columns, row_values, reduced, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, PACKED
+        )
+
+
+@triton.jit
+def _wide_results(
+    FORMULAS: tl.constexpr, INDEX: tl.constexpr, tiles, columns, row_values, reduced, base, N,
+    BLOCK_ROWS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """The same by formulas in float32."""
     KIND: tl.constexpr = kind_of(FORMULAS, INDEX)
     shared = _load(columns, base, N, BLOCK_ROWS, CHUNKS, LANES, PIECE, FULL, "evict_last")
     values = _reduced_values(

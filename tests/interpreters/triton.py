@@ -165,6 +165,13 @@ def _assembly(
     if (assembly, constraints) == (ptx.SPLIT, ptx.SPLIT_REGISTERS):
         parts = _parts(values[0].data)
         return SimpleNamespace(get_result=lambda i: TensorHandle(parts[i], tl.bfloat16))
+    if constraints == "=r,r,r":
+        kind, _, name = assembly.removesuffix(" $0, $1, $2;").split(".")
+        fmt = _FORMATS[types[0].scalar]
+        assert name == {BFLOAT16: "bf16x2", FLOAT16: "f16x2"}[fmt]
+        bits = fmt.encode(getattr(_F, kind)(*map(_values, values)))
+        extreme = TensorHandle(bits if fmt is BFLOAT16 else bits.view(fmt.name), types[0].scalar)
+        return SimpleNamespace(get_result=lambda i: extreme)
     assert (assembly, constraints) == ("mov.b32 $0, $1;", "=r,r")
     return SimpleNamespace(get_result=lambda i: values[i])
 
