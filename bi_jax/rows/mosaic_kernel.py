@@ -52,6 +52,7 @@ from bi_jax.rows.warpgroup import (
     Lanes,
     Load,
     LoadValue,
+    Pick,
     Place,
     Post,
     Ref,
@@ -146,10 +147,16 @@ class Plan:
         sizes = [jnp.dtype(dtypes[name]).itemsize for dtypes, names in named for name in names]
         return min(VECTOR, ACCESS // max(sizes))
 
-    def place(self, stride: int, end: int | None = None, own: bool = True) -> Place:
+    @property
+    def shared(self) -> int:
+        """Chunks of rows whose numbers the threads of a row share out, so that each computes those of one row."""
+        fits = self.groups & (self.groups - 1) == 0 and self.groups <= self.lanes // VECTOR
+        return self.groups if fits else 1
+
+    def place(self, stride: int, end: int | None = None, own: bool = True, shared: int = 1) -> Place:
         """A chunk's place in an array with a row for every row, its `own`, or with one row for all."""
         rows = self.rows if own and self.segments == 1 and self.rows % self.block_rows else None
-        return Place(stride, self.lanes, int(own and self.lanes < CHUNK), rows, end, self.run)
+        return Place(stride, self.lanes, int(own and self.lanes < CHUNK), rows, end, self.run, shared)
 
     def width(self, dtype: str, end: int | None) -> int:
         """Elements of an access to a chunk: rows begin at multiples of it, and so does what lies behind their `end`."""
@@ -199,8 +206,8 @@ class Worker:
         scope.prepare_for([*values, *self.outputs, *self.formulas.row_outputs.values()])
         return scope
 
-    def row(self, call: Scope, row: Any) -> Scope:
-        """The scope of the rows from `row` on."""
+    def row(self, call: Scope, row: Any, shared: int = 1) -> Scope:
+        """The scope of the rows from `row` on, of `shared` chunks."""
         plan = self.plan
 
         def load(node: Node) -> jax.Array:
@@ -208,8 +215,8 @@ class Worker:
             if name in plan.program.gathered:
                 element, index = plan.program.gathered[name]
                 ids = load(self.formulas.listing.input(index, Level.ROW, "int"))
-                return LoadValue(self.dtypes[element], plan.place(plan.n, plan.n))(self.refs[element], row, ids)
-            return LoadValue(dtype_of(node), plan.place(1))(self.refs[name], row, 0)
+                return LoadValue(self.dtypes[element], plan.place(plan.n, plan.n, shared=shared))(self.refs[element], row, ids)
+            return LoadValue(dtype_of(node), plan.place(1, shared=shared))(self.refs[name], row, 0)
 
         return Scope(Level.ROW, load, Scope(Level.CALL, call.load, call))
 
@@ -247,7 +254,8 @@ class Worker:
         rows = chunks()
         if plan.held:
             self.fetch(rows, [*(stage.steps[0].value for stage in self.formulas.stages), *self.outputs])
-        for scope in scopes:  # beside the elements, not after them
+        owners = [(self.row(call, row, plan.shared), row)] if plan.shared > 1 else list(zip(scopes, starts, strict=True))
+        for scope, _ in owners:  # beside the elements, not after them
             scope.load_for(list(self.formulas.row_outputs.values()), (*plan.program.rows, *plan.program.gathered))
         for stage in self.formulas.stages:
             rows = rows if plan.held else chunks()
@@ -258,7 +266,11 @@ class Worker:
         self.fetch(rows, self.outputs)
         for scope, start, row_chunks in zip(scopes, starts, rows, strict=True):
             self.store(scope, start, row_chunks)
-            self.store_row(scope, start)
+        if plan.shared > 1 and self.formulas.row_outputs:
+            for step in itertools.chain(*(stage.steps for stage in self.formulas.stages)):
+                owners[0][0].values[step.result] = Pick()(*(scope.values[step.result] for scope in scopes))
+        for scope, start in owners:
+            self.store_row(scope, start, plan.shared)
 
     # What is done with rows of several segments
 
@@ -507,14 +519,14 @@ class Worker:
                 store = Store(dtype, plan.place(plan.n, chunk.end), plan.width(dtype, chunk.end), plan.together)
                 store(self.out_refs[name], row, chunk.column, value)
 
-    def store_row(self, scope: Scope, row: Any) -> None:
+    def store_row(self, scope: Scope, row: Any, shared: int = 1) -> None:
         """The numbers of rows. What is computed for them stays here; of a whole row, one warp computes it."""
         roots = self.formulas.row_outputs
 
         def store() -> None:
             own = Scope(scope.level, scope.load, scope)
             for name, value in zip(roots, own.get(list(roots.values())), strict=True):
-                StoreValue(self.plan.place(1))(self.out_refs[name], row, 0, value)
+                StoreValue(self.plan.place(1, shared=shared))(self.out_refs[name], row, 0, value)
 
         if roots:
             (when(FirstWarp()() != 0) if self.plan.lanes == CHUNK else lambda run: run())(store)

@@ -48,6 +48,7 @@ class Place:
         rows: rows of the array where a group may lie beyond them, else None.
         end: columns of the array where a chunk may reach beyond them, else None.
         run: consecutive elements of a thread, 8 or 4.
+        shared: chunks of rows that the threads of a row share out: thread t takes the row of chunk t modulo this. A power of two.
     """
 
     stride: int
@@ -56,10 +57,15 @@ class Place:
     rows: int | None = None
     end: int | None = None
     run: int = VECTOR
+    shared: int = 1
 
     def row(self, row: ir.Value) -> ir.Value:
         """The row of this thread, where the first group's is `row`."""
-        return arith.addi(row, arith.muli(arith.divui(_first(), _i32(self.lanes)), _i32(self.step))) if self.step else row
+        if self.step:
+            row = arith.addi(row, arith.muli(arith.divui(_first(), _i32(self.lanes)), _i32(self.step)))
+        if self.shared == 1:
+            return row
+        return arith.addi(row, arith.muli(arith.remui(_thread(), _i32(self.shared)), _i32(CHUNK // self.lanes)))
 
     def column(self, column: ir.Value) -> ir.Value:
         """The first column of this thread, where the first lane's is `column`."""
@@ -207,7 +213,7 @@ class StoreValue(Instruction):
 
     def emit(self, context, ref, row, column, value):
         group = self.place.lanes if self.place.step else CHUNK
-        first = _compare("eq", arith.remui(_first(), _i32(group)), _i32(0))
+        first = _compare("ult", arith.remui(_first(), _i32(group)), _i32(VECTOR * self.place.shared))
         row, column = self.place.row(_scalar(row)), _scalar(column)
         inside = _all(first, self.place.inside(row, column))
         words = _bitcast_vector(value.registers.flat[0], ir.IntegerType.get_signless(32))
@@ -278,6 +284,22 @@ class Unpack(Instruction):
 
     def emit(self, context, x):
         return [_fragments(_vector([_extract(x.registers.flat[0], i)]), "float32") for i in range(VECTOR)]
+
+
+@dataclass(frozen=True)
+class Pick(Instruction):
+    """(*values): of a power of two of values a thread, thread t picks number t modulo their count."""
+
+    def result(self, *values):
+        return _array((THREADS,), values[0].dtype)
+
+    def emit(self, context, *values):
+        left, bit = [_first_register(x) for x in values], 1
+        while len(left) > 1:
+            odd = _compare("ne", arith.andi(_thread(), _i32(bit)), _i32(0))
+            left = [arith.select(odd, y, x) for x, y in zip(left[::2], left[1::2], strict=True)]
+            bit *= 2
+        return _fragments(_vector(left), "float32")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def run(instruction: Instruction, *args: Memory | np.ndarray) -> list[np.ndarray
 
 def _places(place: Place, row: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The row and the first column of every thread."""
+    row = row + np.arange(THREADS) % place.shared * (CHUNK // place.lanes)
     return row + FIRST // place.lanes * place.step, column + FIRST % place.lanes * place.run // VECTOR
 
 
@@ -97,7 +98,7 @@ def _(
 ) -> list[np.ndarray]:
     place = instruction.place
     rows, columns = _places(place, row, np.int32(0))[0], np.broadcast_to(column, (THREADS,))
-    first = FIRST % (place.lanes if place.step else CHUNK) == 0
+    first = FIRST % (place.lanes if place.step else CHUNK) < VECTOR * place.shared
     inside = first & _inside(place, rows, columns)
     memory.write((rows.astype(np.int64) * place.stride + columns)[inside], value[inside])
     return []
@@ -128,6 +129,12 @@ def _(instruction: warpgroup.FirstWarp) -> list[np.ndarray]:
 @run.register
 def _(instruction: warpgroup.Unpack, x: np.ndarray) -> list[np.ndarray]:
     return list(x.reshape(THREADS, VECTOR).T)
+
+
+@run.register
+def _(instruction: warpgroup.Pick, *values: np.ndarray) -> list[np.ndarray]:
+    thread = np.arange(THREADS)
+    return [np.stack(values)[thread % len(values), thread]]
 
 
 @run.register
