@@ -44,7 +44,7 @@ def near_term(f: Arithmetic, x: Value, segment_max: Value) -> Value:
 
 
 def near(f: Arithmetic, x: Value, segment_max: Value) -> Value:
-    """Whether `near_term` may stand for `term` at x and at all that lies between x and the maximum; not beside NaN or infinity."""
+    """Whether `near_term` may stand for `term` from x to the maximum: not if one of them is NaN or infinite."""
     return f.less(scalar.NEAR, f.sub(x, segment_max))
 
 

@@ -47,6 +47,16 @@ def uneven_rows(n: int) -> torch.Tensor:
     return torch.from_numpy(x.astype(np.float32))
 
 
+def near_and_far_rows(n: int) -> torch.Tensor:
+    """Rows [10, n] that lie near their maxima, around the distance from which on they do not, or far from them."""
+    x = np.random.default_rng(n).normal(size=(10, n))
+    x[1] -= 200
+    x[2] *= 200
+    x[3:6] = -np.linspace(0, 1, n) * [[85.5], [86.0], [104]]
+    x[6, n // 3], x[7, n // 2], x[8, -1], x[9] = -np.inf, np.nan, np.inf, -np.inf
+    return torch.from_numpy(x.astype(np.float32))
+
+
 def pow_inputs() -> dict[str, torch.Tensor]:
     """Every pair of values for which C's pow is special, and powers of numbers near 1 that are neither 0 nor infinite."""
     inf, nan, smallest = np.inf, np.nan, 2.0**-149

@@ -21,7 +21,7 @@ from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ColumnProgram
 from tests.arrays import DTYPES, NAMES, to_bits
 from tests.interpreters.mosaic import interpreted
-from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, pow_inputs, uneven_rows
+from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, near_and_far_rows, pow_inputs, uneven_rows
 
 by_name = {"ids": lambda program: program.name}
 BLOCKS_SHARE_ROWS = RowSchedule(warps=4, blocks_per_row=2)
@@ -118,6 +118,21 @@ SCHEDULES = [
 def test_schedules_share_bits(rows, n, schedule, monkeypatch):
     monkeypatch.setattr(mosaic, "SMS", 1)
     check(softmax.SOFTMAX, rows, n, "bfloat16", schedule)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("program", [softmax.token_logprobs(False), softmax.SOFTMAX], **by_name)
+def test_near_and_far_from_the_maximum(program, dtype):
+    """Rows of one segment and of two, of which a warp takes the shorter or the longer way to its exponentials."""
+    for n in (100, 1030, 8200):
+        inputs = {"x": near_and_far_rows(n).to(dtype)} | dict.fromkeys(program.ids, torch.arange(10) * 3)
+        check(program, 10, n, NAMES[dtype], inputs=inputs, schedule=RowSchedule(warps=4))
+
+
+@pytest.mark.parametrize(("rows", "n", "block_rows"), [(70, 100, 32), (64, 16, 128), (9, 1000, 4)])
+def test_threads_of_short_rows_share_out_their_numbers(rows, n, block_rows):
+    check(softmax.token_logprobs(True), rows, n, "bfloat16", RowSchedule(block_rows=block_rows, warps=4))
+    check(reduce.VAR, rows, n, "float32", RowSchedule(block_rows=block_rows, warps=4))
 
 
 HELD_OR_NOT = [

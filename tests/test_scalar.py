@@ -229,6 +229,8 @@ def test_exp_of_the_terms_of_a_softmax():
     error = np.abs(scalar.exp_of_term(F, x) - exact) / ulp
     assert error.max() <= 4.75
     assert error[x > -16].max() <= 2.32
+    near = x[(x > scalar.NEAR) & (x <= 0)]
+    np.testing.assert_array_equal(scalar.exp_of_near_term(F, near), scalar.exp_of_term(F, near))
     got = scalar.exp_of_term(F, floats(0, -0.0, -103.9, -104, -3e38, -INF))
     assert np.array_equal(got.view(np.int32), floats(1, 1, TINY, 0, 0, 0).view(np.int32))
 

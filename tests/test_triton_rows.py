@@ -15,9 +15,9 @@ from shared_specs.programs import attention, norm, optimizer, pointwise, reduce,
 from shared_specs.programs.catalogue import COLUMN_PROGRAMS, SCALARS
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram
-from tests.arrays import DTYPES, assert_same, to_bits
+from tests.arrays import DTYPES, NAMES, assert_same, to_bits
 from tests.interpreters.triton import gpu_arithmetic, interpreted
-from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, pow_inputs, uneven_rows
+from tests.row_programs import ROW_PROGRAMS, draw_inputs, expected, near_and_far_rows, pow_inputs, uneven_rows
 
 KERNELS = interpreted(triton_kernels)
 SHARED = interpreted(triton_shared_rows, KERNELS)
@@ -139,6 +139,15 @@ def test_rows_of_infinities():
     x[2, 8200], x[3, 8200], x[4, 5], x[5, 10] = 300.0, float("inf"), float("inf"), float("nan")
     check(softmax.SOFTMAX, 6, 9000, inputs={"x": x})
     check(softmax.LOGSUMEXP, 6, 9000, schedule=RowSchedule(blocks_per_row=2), inputs={"x": x})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("program", [softmax.token_logprobs(False), softmax.SOFTMAX], **by_name)
+def test_near_and_far_from_the_maximum(program, dtype):
+    """Rows of one segment and of two, of which a warp takes the shorter or the longer way to its exponentials."""
+    for n in (1030, 8200):
+        inputs = {"x": near_and_far_rows(n).to(dtype)} | dict.fromkeys(program.ids, torch.arange(10) * 3)
+        check(program, 10, n, NAMES[dtype], inputs=inputs, schedule=RowSchedule(cooperative=n > 8192))
 
 
 HELD_OR_NOT = [RowSchedule(warps=16), RowSchedule(cooperative=True), RowSchedule(blocks_per_row=3)]

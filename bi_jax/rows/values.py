@@ -46,7 +46,7 @@ class Scope:
         others = () if near is None else tuple(near[1][: len(results)])
         _, leaves = needed((*results, *others), self._is_leaf)
         self.prepare(leaves)
-        types = tuple([*(dtypes or map(dtype_of, roots)), *map(dtype_of, keep)])
+        types = (*(dtypes or map(dtype_of, roots)), *map(dtype_of, keep))
         given, block = [*map(self.find, leaves)], Block(tuple(leaves), results)
         if near is None:
             values = Evaluate(block, types, self.size)(*given)

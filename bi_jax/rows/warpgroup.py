@@ -48,7 +48,7 @@ class Place:
         rows: rows of the array where a group may lie beyond them, else None.
         end: columns of the array where a chunk may reach beyond them, else None.
         run: consecutive elements of a thread, 8 or 4.
-        shared: chunks of rows that the threads of a row share out: thread t takes the row of chunk t modulo this. A power of two.
+        shared: chunks of rows that a row's threads share out, a power of two: thread t takes the row of chunk t modulo this.
     """
 
     stride: int
