@@ -21,3 +21,14 @@ cvt.rn.bf16x2.f32 $2, y, x;
 """
 
 SPLIT_REGISTERS = "=&r,=&r,=&r,f,f"
+
+WIDEN = """{
+.reg .b32 half;
+shl.b32 half, $2, 16;
+mov.b32 $0, half;
+and.b32 half, $2, 0xFFFF0000;
+mov.b32 $1, half;
+}"""
+"""The two bfloat16 in $2 as the float32 $0 and $1, whose upper halves they are: two instructions, which `cvt` is not always."""
+
+WIDEN_REGISTERS = "=f,=f,r"

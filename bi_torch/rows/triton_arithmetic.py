@@ -15,20 +15,21 @@ import triton.language as tl
 from triton import constexpr_function
 from triton.language.core import builtin
 
-from shared_specs import sum_exp
+from shared_specs import scalar, sum_exp
 from shared_specs.rows import ColumnProgram, RowProgram
 from shared_specs.trace import contract_id, element_reduced, outputs_read_elements, terms_read
 
 _NARROW = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 _SIGN = -(2**31)
 _NAN = 0x7FFFFFFF
-_LOWERING = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+_SOURCES = (__file__, scalar.__file__, sum_exp.__file__)
+_LOWERING = hashlib.sha256(b"".join(Path(source).read_bytes() for source in _SOURCES)).hexdigest()
 
 
 @dataclass(frozen=True)
 class Formulas:
     """A program as a compile-time argument. Triton's caches know a kernel by the text of its arguments, so that names the
-    program's operations and the way in which this module emits them.
+    program's operations and the way in which this module emits them, those of `sum_exp.near_term` among them.
     """
 
     program: RowProgram | ColumnProgram

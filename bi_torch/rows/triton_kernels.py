@@ -41,6 +41,10 @@ from bi_torch.rows.triton_arithmetic import (
     smaller,
     weight,
 )
+from shared_specs import ptx
+
+WIDEN: tl.constexpr = tl.constexpr(ptx.WIDEN)
+WIDEN_REGISTERS: tl.constexpr = tl.constexpr(ptx.WIDEN_REGISTERS)
 
 
 @triton.constexpr_function
@@ -189,7 +193,9 @@ def _numbers(tile, PACKED: tl.constexpr):
     """
     result = ()
     for i in tl.static_range(len(tile)):
-        if PACKED and tile[i].dtype != tl.float32:
+        if PACKED and tile[i].dtype == tl.bfloat16:
+            result = result + (tl.inline_asm_elementwise(WIDEN, WIDEN_REGISTERS, [tile[i]], tl.float32, is_pure=False, pack=2),)
+        elif PACKED and tile[i].dtype != tl.float32:
             same = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile[i]], tile[i].dtype, is_pure=False, pack=2)
             result = result + (same.to(tl.float32),)
         else:

@@ -161,10 +161,12 @@ def _dot(
 def _assembly(
     self: Any, assembly: str, constraints: str, values: list[TensorHandle], types: list[Any], is_pure: bool, pack: int
 ) -> Any:
-    """The assembly of our kernels: a register to another, and the parts of a float32."""
+    """The assembly of our kernels: a register to another, parts of a float32, bfloat16 widened, extremes of pairs."""
     if (assembly, constraints) == (ptx.SPLIT, ptx.SPLIT_REGISTERS):
         parts = _parts(values[0].data)
         return SimpleNamespace(get_result=lambda i: TensorHandle(parts[i], tl.bfloat16))
+    if (assembly, constraints) == (ptx.WIDEN, ptx.WIDEN_REGISTERS):
+        return SimpleNamespace(get_result=lambda i: TensorHandle(_values(values[0]), tl.float32))
     if constraints == "=r,r,r":
         kind, _, name = assembly.removesuffix(" $0, $1, $2;").split(".")
         fmt = _FORMATS[types[0].scalar]
