@@ -16,7 +16,7 @@ from bi_jax.rows.mosaic_kernel import SEGMENT, WORDS, Plan, kernel, partial_coun
 from bi_jax.rows.warpgroup import CHUNK, THREADS, VECTOR
 from shared_specs.row_schedule import RowSchedule
 from shared_specs.rows import ROW_CONTRACT, ColumnProgram, RowProgram
-from shared_specs.trace import is_elementwise, outputs_read_elements
+from shared_specs.trace import is_elementwise
 
 SMS = 132
 """Of an H100."""
@@ -172,9 +172,9 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
 
     Rows of one segment: a warpgroup a block, with as many rows as make four chunks. Longer rows: blocks of four warpgroups,
     which bounds the registers of a thread; five where exponentials of 16-bit elements leave some, two or three where two inputs
-    need more, one where exponentials are all there is to compute. Where elements are needed again after a reduction, or rows
-    are few, warpgroups wait for one another, each on its own, so that some compute while others load. Where nothing but
-    outputs is to be computed, segments are as good as rows.
+    need more, one or three where exponentials are all there is to compute. Where elements are needed again after a reduction,
+    or rows are few, warpgroups wait for one another, each on its own, so that some compute while others load. Where nothing
+    but outputs is to be computed, segments are as good as rows.
     """
     segments = ROW_CONTRACT.segments(n)
     exponentials = bool(program.reductions) and program.reductions[0].kind == "sum_exp"
@@ -184,8 +184,6 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
         chunks = max(1, 4 // max(1, pl.cdiv(n, CHUNK) * len(program.elements)))
         while chunks > 1 and rows * lanes < SMS * 8 * chunks * CHUNK:
             chunks //= 2
-        if exponentials and narrow and n > 4 * CHUNK and outputs_read_elements(program):
-            return RowSchedule(warps=20)
         return RowSchedule(block_rows=chunks * (CHUNK // lanes), warps=4, persistent=bool(program.integers))
     warpgroups = min(4, 1 << (segments - 1).bit_length())
     if not program.reductions:
@@ -203,7 +201,7 @@ def default_schedule(program: RowProgram, rows: int, n: int, dtypes: Mapping[str
     while segments > MAX_TOGETHER and (blocks < 2 or (rows * blocks < SMS and blocks * warpgroups < segments)):
         blocks *= 2
     if exponentials and blocks == 1 and (narrow or within_a_block):
-        return RowSchedule(warps=4)
+        return RowSchedule(warps=4 if within_a_block else 12)
     return RowSchedule(block_rows=4 // warpgroups, warps=16, blocks_per_row=blocks)
 
 
