@@ -3,6 +3,7 @@
 `python -m pytest` runs what any machine can run, on the CPU even where there is a GPU; `python -m pytest -m gpu` the rest.
 """
 
+import gc
 import os
 import shutil
 import subprocess
@@ -23,6 +24,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if not _wants_gpu(config):
         os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
         os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # devices to shard over
+        gc.disable()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now stays: the garbage collector looks at the tests' own objects alone, and less often."""
+    if not _wants_gpu(session.config):  # where cycles may hold a GPU's memory
+        gc.freeze()
+        gc.set_threshold(100_000, 10, 10)
+        gc.enable()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
