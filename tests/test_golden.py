@@ -20,15 +20,15 @@ def test_every_recorded_case_is_checked(golden):
     assert names == set(golden) - {"device"}
 
 
-def groups(cases):
-    """Cases by dtype and kind: one test each."""
+def groups(cases, *fields):
+    """Cases that agree in `fields`: one test each."""
     grouped = {}
     for case in cases:
-        grouped.setdefault(f"{case.dtype}-{case.kind}", []).append(case)
+        grouped.setdefault("-".join(str(getattr(case, field)) for field in fields), []).append(case)
     return [pytest.param(members, id=name) for name, members in grouped.items()]
 
 
-@pytest.mark.parametrize("cases", groups(dot_cases()))
+@pytest.mark.parametrize("cases", groups(dot_cases(), "dtype", "kind"))
 def test_instructions(golden, cases):
     for case in cases:
         a, b, acc = case.inputs()
@@ -38,10 +38,11 @@ def test_instructions(golden, cases):
         np.testing.assert_array_equal(FLOAT32.encode(out), golden[case.name], err_msg=case.name)
 
 
-@pytest.mark.parametrize("cases", groups(gemm_cases()))
+@pytest.mark.parametrize("cases", groups(gemm_cases(), "dtype", "k", "out_dtype", "alpha", "beta"))
 def test_products(golden, cases):
-    for case in cases:
-        a, b, bias = case.inputs()
-        contract, out_format = gemm_contract(case.dtype), float_format(case.out_dtype)
-        out = gemm(a, b, contract, bias_bits=bias, alpha=case.alpha, beta=case.beta, out_format=out_format)
+    """Every kind of value, as one batch."""
+    case, (a, b, bias) = cases[0], map(np.stack, zip(*(case.inputs() for case in cases), strict=True))
+    contract, out_format = gemm_contract(case.dtype), float_format(case.out_dtype)
+    products = gemm(a, b, contract, bias_bits=bias, alpha=case.alpha, beta=case.beta, out_format=out_format)
+    for case, out in zip(cases, products, strict=True):
         np.testing.assert_array_equal(out, golden[case.name], err_msg=case.name)

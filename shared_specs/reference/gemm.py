@@ -1,15 +1,17 @@
 """The GEMM contract in NumPy: the definition that the engines are held to, one statement per clause of the contract."""
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
-from shared_specs.contract import Float32Split, GemmContract
+from shared_specs.contract import DotArithmetic, Float32Split, GemmContract
 from shared_specs.formats import BFLOAT16, FLOAT32_NAN, FloatFormat, float_format
 from shared_specs.reference import tensor_core
 
-_MAX_TERMS = 1 << 21
-"""Products held in memory at a time (a few tens of MiB)."""
+_MAX_TERMS = 1 << 18
+"""Products held in memory at a time (a few MiB, as much as a cache holds)."""
 
 
 def gemm(
@@ -58,10 +60,12 @@ def accumulate(a: np.ndarray, b: np.ndarray, contract: GemmContract) -> np.ndarr
     b = np.broadcast_to(b, (*batch, k, n)).reshape(count, k, n)
     out = np.zeros((count, m, n), np.float32)
     rows = max(1, _MAX_TERMS // (contract.dot.k * max(n, 1)))
-    for i in range(count):
+    several = max(1, rows // max(m, 1))
+    for i in range(0, count, several):
         for start in range(0, m, rows):
-            block = slice(start, start + rows)
-            out[i, block] = _tree([_leaf(a[i, block, lo:hi], b[i, lo:hi], contract) for lo, hi in contract.leaf_bounds(k)])
+            block = slice(i, i + several), slice(start, start + rows)
+            leaves = [(a[*block, lo:hi], b[i : i + several, lo:hi]) for lo, hi in contract.leaf_bounds(k)]
+            out[block] = _tree([_leaf(*leaf, contract) for leaf in leaves])
     return out.reshape(*batch, m, n)
 
 
@@ -81,26 +85,40 @@ def split(x: np.ndarray, rule: Float32Split) -> list[np.ndarray]:
 
 
 def _leaf(a: np.ndarray, b: np.ndarray, contract: GemmContract) -> np.ndarray:
-    """One leaf of K: a plain chain, or the promoted chains of split float32 operands."""
-    zero = np.zeros((a.shape[0], b.shape[1]), np.float32)
-    rule = contract.split
+    """One leaf of K, [..., M, K] x [..., K, N]: a plain chain, or the promoted chains of split float32 operands."""
+    zero = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
+    rule, k = contract.split, a.shape[-1]
     if rule is None:
         return tensor_core.chain(a, b, zero, float_format(contract.operand), contract.dot)
-    part = float_format(rule.part)
-    a_parts, b_parts = split(a, rule), split(b, rule)
     high = cross = zero
+    whole = k - k % rule.promote_k
+    step = rule.promote_k * max(1, _MAX_TERMS // (contract.dot.k * max(zero.size, 1)))
     with np.errstate(all="ignore"):
-        for start in range(0, a.shape[1], rule.promote_k):
-            chunk = slice(start, start + rule.promote_k)
-            high_chain = tensor_core.chain(a_parts[0][:, chunk], b_parts[0][chunk], zero, part, contract.dot)
-            cross_chain = zero
-            for i, j in rule.cross:
-                cross_chain = tensor_core.chain(a_parts[i][:, chunk], b_parts[j][chunk], cross_chain, part, contract.dot)
-            total = high + high_chain
-            error = high_chain - (total - high)
-            cross = cross + (cross_chain + error)
-            high = total
+        for start, stop in itertools.pairwise((*range(0, whole, step), whole, k)):
+            for high_chain, cross_chain in _promoted_chains(a[..., start:stop], b[..., start:stop, :], contract.dot, rule):
+                total = high + high_chain
+                error = high_chain - (total - high)
+                cross = cross + (cross_chain + error)
+                high = total
         return np.where(np.isfinite(high), high + cross, high)
+
+
+def _promoted_chains(
+    a: np.ndarray, b: np.ndarray, arithmetic: DotArithmetic, rule: Float32Split
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The two chains of each `promote_k` elements of K, or of fewer: they start at +0 and do not wait for one another."""
+    size = min(rule.promote_k, a.shape[-1])
+    if not size:
+        return iter(())
+    a = np.moveaxis(a.reshape(*a.shape[:-1], -1, size), -2, 0)
+    b = np.moveaxis(b.reshape(*b.shape[:-2], -1, size, b.shape[-1]), -3, 0)
+    part, a_parts, b_parts = float_format(rule.part), split(a, rule), split(b, rule)
+    zero = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
+    high = tensor_core.chain(a_parts[0], b_parts[0], zero, part, arithmetic)
+    cross = zero
+    for i, j in rule.cross:
+        cross = tensor_core.chain(a_parts[i], b_parts[j], cross, part, arithmetic)
+    return zip(high, cross, strict=True)
 
 
 def _tree(leaves: list[np.ndarray]) -> np.ndarray:
