@@ -17,8 +17,11 @@ export XLA_PYTHON_CLIENT_PREALLOCATE := false
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.batch_invariance
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+# The linter and the type checker need one core for half a minute: they run beside the tests, and what they say comes last.
+test: $(INSTALLED)
+	@$(MAKE) --no-print-directory lint >$(VENV)/lint.log 2>&1 & lint=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist worksteal; tests=$$?; \
+	wait $$lint; linted=$$?; cat $(VENV)/lint.log; exit $$((tests | linted))
 ifdef GPU
 	$(BIN)/python -m pytest -m gpu
 endif
