@@ -449,12 +449,14 @@ def test_aligned_shapes_need_no_workspace(dtype, m, k, n):
     assert bi_jax.workspace_bytes((1, m, k), (1, n, k), NAMES[dtype], transpose_rhs=True) == 0
 
 
-@pytest.mark.parametrize(("m", "k", "n"), [(5, 100, 36), (64, 4096, 1001)])
-def test_workspace_is_what_the_documentation_says(m, k, n):
+@pytest.mark.parametrize(
+    ("m", "k", "n", "dtype"), [(5, 100, 36, "bfloat16"), (64, 4096, 1001, "bfloat16"), (8, 4100, 1001, "float32")]
+)
+def test_workspace_is_what_the_documentation_says(m, k, n, dtype):
     """The largest that is alive at a time may be less."""
-    shapes = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((m, k), (n, k))]
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((m, k), (n, k))]
     used = JITTED["linear"].lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-    assert used <= bi_jax.workspace_bytes((1, m, k), (1, n, k), "bfloat16", transpose_rhs=True) + 4 * 256
+    assert used <= bi_jax.workspace_bytes((1, m, k), (1, n, k), dtype, transpose_rhs=True) + 4 * 256
 
 
 def test_compiled_programs():

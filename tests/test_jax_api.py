@@ -292,13 +292,32 @@ def test_workspace_of_16_bit_operands(a, b, options, expected):
 
 def test_workspace_of_float32_is_the_parts():
     assert bi_jax.workspace_bytes((1, 64, 512), (1, 512, 256), "float32") == 6 * (64 * 512 + 512 * 256)
+    assert bi_jax.workspace_bytes((1, 64, 512), (1, 256, 512), "float32", transpose_rhs=True) == 6 * 64 * 512
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "transpose_lhs", "expected"),
+    [
+        ((1, 8, 516), (2, 4096, 516), False, 0),
+        ((1, 8, 513), (2, 4096, 513), False, (8 + 2 * 4096) * 516 * 4),
+        ((1, 516, 8), (2, 4096, 516), True, 8 * 516 * 4),
+        ((1, 513, 8), (2, 4096, 513), True, (8 + 2 * 4096) * 516 * 4),
+        ((1, 8, 516), (2, 6144, 516), False, 6 * 8 * 520),
+    ],
+)
+def test_workspace_of_few_rows_of_float32(a, b, transpose_lhs, expected):
+    """There the kernel cuts A, too, where N is no more than 4096."""
+    assert bi_jax.workspace_bytes(a, b, "float32", transpose_lhs=transpose_lhs, transpose_rhs=True) == expected
 
 
 def test_aligned_programs_copy_no_operand():
     """What `workspace_bytes` promises, in the lowered program: the kernel alone, no padding."""
-    text = lowered("cuda", op="linear", shapes=((64, 512), (256, 512)))
-    assert text.count(KERNEL) >= 1
-    assert not any(op in text for op in ("stablehlo.pad", "stablehlo.concatenate", "stablehlo.transpose", "stablehlo.slice"))
+    for m, dtype in ((64, "bfloat16"), (8, "float32")):
+        text = lowered("cuda", op="linear", shapes=((m, 512), (256, 512)), dtype=dtype)
+        assert text.count(KERNEL) >= 1
+        assert not any(
+            op in text for op in ("stablehlo.pad", "stablehlo.concatenate", "stablehlo.transpose", "stablehlo.slice")
+        )
     assert "stablehlo.pad" in lowered("cuda", op="linear", shapes=((64, 500), (256, 500)))
 
 

@@ -25,8 +25,9 @@ SPLIT_IN_REGISTERS = [
     GemmSchedule(block_m=8, block_n=64, block_k=128, warps=4, stages=3, swap=True),
     GemmSchedule(block_m=32, block_n=64, block_k=64, warps=8, stages=2, swap=True),
     GemmSchedule(block_m=24, block_n=128, block_k=128, warps=8, stages=2, swap=True, persistent=True, group_m=2),
+    GemmSchedule(block_m=8, block_n=32, block_k=256, warps=4, stages=2, swap=True, persistent=True, group_m=2),
 ]
-"""One warpgroup; two that share a tile by rows of A; by rows of B."""
+"""One warpgroup; two that share a tile by rows of A; by rows of B; one with tiles that are folded."""
 TABLE = {(row.dtypes[0], row.schedule) for row in schedule_table("sm_90") if row.engine == "mosaic"}
 
 
@@ -120,6 +121,11 @@ def test_every_kind_of_value_split_in_registers(kind):
     check("float32", 5, 136, 72, SPLIT_IN_REGISTERS[0], kind=kind)
 
 
+@pytest.mark.parametrize("kind", ["wide", "special", "bits"])
+def test_folded_tiles_with_k_of_a_outermost(kind):
+    check("float32", 7, 600, 40, SPLIT_IN_REGISTERS[3], kind=kind, swapped=(True, True))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (34, 136, 130)])
 @pytest.mark.parametrize("schedule", SPLIT_IN_REGISTERS)
 def test_shapes_split_in_registers(shape, schedule):
@@ -146,7 +152,7 @@ def test_epilogue_split_in_registers(bias, schedule):
 def legal(dtype, swapped):
     """The schedules on a grid that `mosaic.plan` accepts for operands stored so."""
     schedules = []
-    tiles = itertools.product((8, 16, 32, 64, 128), (16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 5))
+    tiles = itertools.product((8, 16, 32, 64, 128), (16, 32, 64, 128), (32, 64, 128, 256), (4, 8), (2, 3))
     for tile, swap, persistent, group_m in itertools.product(tiles, (False, True), (False, True), (1, 3)):
         schedule = GemmSchedule(*tile, swap=swap, persistent=persistent, group_m=group_m)
         with contextlib.suppress(ValueError):
@@ -197,6 +203,10 @@ def test_illegal_schedules_raise(change, message):
         ({"block_m": 72}, "tile"),
         ({"block_m": 8, "warps": 8}, "tile"),
         ({"block_m": 64, "block_k": 256}, "shared memory"),
+        ({"block_m": 8, "block_n": 32}, "8 by 32 by 256"),
+        ({"block_m": 16, "block_n": 32, "block_k": 256}, "8 by 32 by 256"),
+        ({"block_m": 8, "block_n": 16, "block_k": 256}, "8 by 32 by 256"),
+        ({"block_m": 8, "block_n": 32, "block_k": 256, "warps": 8}, "8 by 32 by 256"),
     ],
 )
 def test_illegal_schedules_split_in_registers_raise(change, message):

@@ -1,8 +1,8 @@
 """The engine for NVIDIA GPUs: plans a Pallas Mosaic kernel and hands it operands that TMA can address.
 
 Two kernels share the contract. `mosaic_kernel` multiplies 16-bit operands, and float32 operands that XLA has split into
-bfloat16 parts. `mosaic_float32` leaves a float32 B with K innermost as it is and splits it in registers. `schedule.swap`
-asks for the second one, where it applies; the bits are the same.
+bfloat16 parts. `mosaic_float32` leaves a float32 B with K innermost as it is and splits it in registers; in tiles of 32
+columns it splits A, too. `schedule.swap` asks for the second one, where it applies; the bits are the same.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bi_jax import exact
-from bi_jax.gemm.mosaic_float32 import RegisterSplitPlan
+from bi_jax.gemm.mosaic_float32 import FoldedPlan, RegisterSplitPlan
 from bi_jax.gemm.mosaic_kernel import ROWS, SHARED_MEMORY, Plan, kernel, round_up
 from bi_jax.gemm.split import split
 from shared_specs.contract import Float32Split, GemmContract, gemm_contract
@@ -24,7 +24,7 @@ from shared_specs.schedule import ARCHITECTURES, GemmSchedule, gemm_schedule
 ALIGNMENT = 16
 """Bytes: TMA wants strides that are multiples of this."""
 _FLOAT32_MULTIPLES = (1, ALIGNMENT // 4)
-"""What the last two dimensions of a float32 B with K innermost must be multiples of."""
+"""What the last two dimensions of a float32 operand with K innermost, not split beforehand, must be multiples of."""
 
 
 def plan(
@@ -51,7 +51,8 @@ def plan(
     """
     if contract != gemm_contract(contract.operand):
         raise NotImplementedError(f"bi_jax.gemm on CUDA: the kernels do not implement {contract.to_json()}")
-    swapped = schedule.swap and contract.split is not None and transpose_rhs
+    kind = _kind(schedule, contract, transpose_rhs)
+    swapped = kind is not Plan
     if schedule.swap and contract.split is not None and not swapped:
         schedule = dataclasses.replace(schedule, swap=False, block_k=contract.chain_k)
     if transpose_lhs and not swapped:
@@ -61,7 +62,6 @@ def plan(
         schedule = dataclasses.replace(schedule, block_n=round_up(schedule.block_n, ROWS * wgs))
     out = jnp.dtype(out_dtype or contract.operand)
     bias = None if bias_dtype is None else jnp.dtype(bias_dtype)
-    kind = RegisterSplitPlan if swapped else Plan
     made = kind(contract, schedule, transpose_lhs, transpose_rhs, out, alpha, beta, bias, bias_rows)
     while made.schedule.stages > 2 and made.shared_memory() > SHARED_MEMORY:
         made = dataclasses.replace(made, schedule=dataclasses.replace(made.schedule, stages=made.schedule.stages - 1))
@@ -116,8 +116,10 @@ def gemm(
     )
     padded_n = round_up(n, ALIGNMENT // made.out_dtype.itemsize)
     if isinstance(made, RegisterSplitPlan):
-        a_parts = _parts(a.mT if transpose_lhs else a, contract)
-        operands = [_addressable(a_parts, True), _pad(b, (1, *_FLOAT32_MULTIPLES))]
+        a = a.mT if transpose_lhs else a
+        whole = isinstance(made, FoldedPlan)
+        a = _pad(a, (1, *_FLOAT32_MULTIPLES)) if whole else _addressable(_parts(a, contract), True)
+        operands = [a, _pad(b, (1, *_FLOAT32_MULTIPLES))]
     else:
         operands = [_addressable(_parts(x, contract), inner) for x, inner in ((a, not transpose_lhs), (b, transpose_rhs))]
     if bias is not None:
@@ -140,15 +142,20 @@ def workspace_bytes(
     An operand stored with K innermost is aligned if K is a multiple of 8; one with K outermost if K is a multiple of 8 and
     the other dimension of 64. The output is aligned if N is a multiple of 16 bytes. float32 operands are split into bfloat16
     parts, 6 bytes an element; but where the schedule table swaps, a B with K innermost is not, and aligned if K is a multiple
-    of 4.
+    of 4. Where it also has tiles of 32 columns, the same holds of A, of which a copy is made if its K is outermost.
     """
     dtype, out_dtype = jnp.dtype(dtype), jnp.dtype(out_dtype or dtype)
     m, k = a_shape[:-3:-1] if transpose_lhs else a_shape[-2:]
     n = b_shape[-2] if transpose_rhs else b_shape[-1]
-    rule = gemm_contract(dtype.name).split
-    swapped = rule is not None and transpose_rhs and gemm_schedule("mosaic", dtype.name, m, n, k, ARCHITECTURE).swap
+    contract = gemm_contract(dtype.name)
+    rule = contract.split
+    kind = _kind(gemm_schedule("mosaic", dtype.name, m, n, k, ARCHITECTURE), contract, transpose_rhs)
+    swapped = kind is not Plan
     a_stored = (a_shape[0], m, k) if swapped else tuple(a_shape)
-    total = _operand_bytes(a_stored, dtype, _operand_multiples(swapped or not transpose_lhs), rule)
+    if kind is FoldedPlan:
+        total = _operand_bytes(a_stored, dtype, _FLOAT32_MULTIPLES, None, transposed=transpose_lhs)
+    else:
+        total = _operand_bytes(a_stored, dtype, _operand_multiples(swapped or not transpose_lhs), rule)
     if swapped:
         total += _operand_bytes(b_shape, dtype, _FLOAT32_MULTIPLES, None)
     else:
@@ -158,12 +165,21 @@ def workspace_bytes(
     return total
 
 
-def _operand_bytes(shape: tuple[int, ...], dtype: Any, multiples: tuple[int, int], rule: Float32Split | None) -> int:
-    """Bytes of the copy that is made of an operand, if one is: its parts where `rule` splits it, else a padded copy."""
+def _kind(schedule: GemmSchedule, contract: GemmContract, transpose_rhs: bool) -> type[Plan]:
+    """The kernel that runs a schedule."""
+    if not schedule.swap or contract.split is None or not transpose_rhs:
+        return Plan
+    return FoldedPlan if schedule.block_n < ROWS else RegisterSplitPlan
+
+
+def _operand_bytes(
+    shape: tuple[int, ...], dtype: Any, multiples: tuple[int, int], rule: Float32Split | None, transposed: bool = False
+) -> int:
+    """Bytes of the copy that is made of an operand, if one is: its parts where `rule` splits it, else transposed or padded."""
     padded = _padded_shape(shape, (1, *multiples))
     if rule is not None:
         return math.prod(padded) * rule.parts * jnp.dtype(rule.part).itemsize
-    return math.prod(padded) * dtype.itemsize if padded != tuple(shape) else 0
+    return math.prod(padded) * dtype.itemsize if transposed or padded != tuple(shape) else 0
 
 
 def _parts(x: jax.Array, contract: GemmContract) -> jax.Array:

@@ -12,9 +12,24 @@ added in ascending order.
 - Parts 1 and 2 of an infinity or a NaN are NaN here and zero in the contract. They enter the cross sum only, which does not
   count where the high sum is not finite; and there it is not.
 - Two warpgroups share a tile by rows of B if it has 128 of them, else by rows of A.
+
+Few columns of the output occupy every SM only in tiles of 32 rows of B, half of what `wgmma` reads. `FoldedPlan` folds them:
+the 64 rows of the instruction are those of two chunks of K, one below the other, and its columns are the 8 rows of A of both
+chunks, side by side. Of its result
+
+            A, chunk 0   A, chunk 1
+    B, 0    chains 0     not used
+    B, 1    not used     chains 1
+
+the second block moves up to the rows of the first by way of shared memory, and both are added up there. What the lower rows
+hold is never stored. A tile of A is so small that a warpgroup of its own cuts it, stage by stage, while another multiplies:
+no kernel has to run before this one.
 """
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,12 +47,18 @@ from bi_jax.gemm.mosaic_kernel import (
     ROWS,
     SHARED_MEMORY,
     SWIZZLE,
+    TILE,
+    Chains,
     Multiply,
     Operand,
     Plan,
     copy_bias,
+    first_tile,
     full_array,
+    plain_rows,
     promoted_chains,
+    store_rows,
+    tiled_smem,
 )
 from bi_jax.gemm.split import split
 from bi_jax.index import affine
@@ -48,6 +69,10 @@ Ref = Any
 
 FLOAT32_SLAB = SWIZZLE // 4
 """Elements of K in a swizzled row of float32."""
+HALVES = 2
+"""Slabs of float32 in a chunk of K."""
+CUTTING_REGISTERS = 104
+"""Registers per thread of the warpgroup that cuts A."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +109,7 @@ class RegisterSplitPlan(Plan):
     @property
     def chunks_in_flight(self) -> int:
         """As many as have their parts and their accumulators in about 128 registers."""
-        return max(1, 128 // (48 + self.cols))
+        return max(1, 128 // (48 + self.fold * self.cols))
 
     @property
     def crowded(self) -> bool:
@@ -111,10 +136,15 @@ class RegisterSplitPlan(Plan):
             raise ValueError(f"the kernel evaluates one leaf of K, the contract has {self.contract.k_leaves}")
         if not s.swap or s.loads != "tma" or s.warps not in (4, 8):
             raise ValueError(f"this kernel swaps, loads by TMA and computes with 4 or 8 warps, got {s}")
-        if s.block_n not in (ROWS, ROWS * self.warpgroups) or s.block_m % 8 or self.cols % 8 or not 8 <= self.cols <= 64:
-            raise ValueError(f"a warpgroup's tile must be 8 j up to 64 by 64, got {s.block_m} by {s.block_n}, {s.warps} warps")
+        self.check_tile()
         if self.shared_memory() > SHARED_MEMORY:
             raise ValueError(f"needs {self.shared_memory()} bytes of shared memory, there are {SHARED_MEMORY}: {s}")
+
+    def check_tile(self) -> None:
+        """Raise ValueError for a tile that this kernel does not have."""
+        s = self.schedule
+        if s.block_n not in (ROWS, ROWS * self.warpgroups) or s.block_m % 8 or self.cols % 8 or not 8 <= self.cols <= 64:
+            raise ValueError(f"a warpgroup's tile must be 8 j up to 64 by 64, got {s.block_m} by {s.block_n}, {s.warps} warps")
 
     def compute(
         self, bias: Ref | None, out: Ref, scratch: dict[str, Ref], wg: Any, first: Any, steps: int, at: tuple[Any, Any, Any]
@@ -129,20 +159,168 @@ class RegisterSplitPlan(Plan):
             copy_bias(self, bias, scratch, wg, corner)
 
         def chunk(slot: Any, index: int) -> Multiply:
-            halves = [affine(slot, self.rhs.slabs, 2 * index + half) for half in range(2)]
+            halves = [affine(slot, self.rhs.slabs, HALVES * index + half) for half in range(HALVES)]
             rows = [pl.ds(affine(half, self.rhs.block, affine(row, ROWS)), ROWS) for half in halves]
             b_smem = scratch["b_smem"]
             b = jnp.concatenate([plgpu.load(b_smem.at[half], layout=plgpu.Layout.WGMMA) for half in rows], axis=1)
             b_parts = _split(b, rule)
 
             def multiply(acc: Ref, i_part: int, j_part: int) -> None:
-                a_part = self.lhs.tile(scratch["a_smem"], slot, i_part, index, col, self.cols)
+                a_part = self.lhs_part(scratch, slot, i_part, index, col)
                 plgpu.wgmma(acc, b_parts[j_part], a_part.transpose((1, 0)))
 
             return multiply
 
-        acc = promoted_chains(self, scratch["full"], scratch["empty"], first, steps, chunk)
-        _store(self, acc, bias, out, scratch, wg, corner)
+        _store(self, self.product(scratch, first, steps, chunk), bias, out, scratch, wg, corner)
+
+    def lhs_part(self, scratch: dict[str, Ref], slot: Any, part: int, index: int, col: Any) -> Ref:
+        """What a warpgroup multiplies of a part of A, for the `index`-th `fold` chunks of a stage."""
+        return self.lhs.tile(scratch["a_smem"], slot, part, index, col, self.cols)
+
+    def product(self, scratch: dict[str, Ref], first: Any, steps: int, chunk: Callable[[Any, int], Multiply]) -> jax.Array:
+        """A warpgroup's part of the product."""
+        return promoted_chains(self, scratch["full"], scratch["empty"], first, steps, chunk)
+
+    def out_tile(self, scratch: dict[str, Ref], wg: Any) -> tuple[Ref, Ref]:
+        """Shared memory for a warpgroup's accumulator, transposed, and the part of it that is stored."""
+        tile = scratch["out_smem"].at[wg]
+        return tile, tile
+
+
+@dataclass(frozen=True)
+class FoldedOperand(Operand):
+    """A float32 operand of which `fold` chunks of K lie one below the other, `block // fold` rows each."""
+
+    fold: int
+
+    @property
+    def copies(self) -> int:
+        return self.fold * super().copies
+
+    def load(self, gmem: Ref, smem: Ref, barrier: Ref, slot: Any, batch: Any, row: Any, k: Any) -> None:
+        source, rows = gmem.at[batch if gmem.shape[0] > 1 else 0], self.block // self.fold
+        for j in range(self.fold * self.slabs):
+            chunk, half = divmod(j, HALVES)
+            index, place = divmod(chunk, self.fold)
+            to = plain_rows(smem, self._first_tile(slot, 0, HALVES * index + half, place * rows // TILE), rows)
+            of = source.at[pl.ds(row, rows), pl.ds(affine(k, 1, j * self.slab), self.slab)]
+            plgpu.copy_gmem_to_smem(of, to, barrier)
+
+
+@dataclass(frozen=True)
+class FoldedPlan(RegisterSplitPlan):
+    """A plan for 8 rows of A and 32 of B; `lhs` is float32, too, all four chunks of a stage one below the other."""
+
+    @property
+    def fold(self) -> int:
+        return ROWS // self.schedule.block_n
+
+    @property
+    def lhs(self) -> Operand:
+        """The cutting warpgroup loads 64 rows of it at a time, of which the first `block` count."""
+        rows = self.slabs * self.schedule.block_m
+        overhang, dtype = max(ROWS - rows, 0), jnp.dtype("float32")
+        return FoldedOperand(rows, FLOAT32_SLAB, HALVES, self.schedule.stages, True, overhang, 1, dtype, self.slabs)
+
+    @property
+    def lhs_parts(self) -> Operand:
+        """A in its parts, and what a store of 64 rows writes below the last one."""
+        rows, parts = self.fold * self.schedule.block_m, self.parts + 1
+        return Operand(rows, self.slab, self.slabs // self.fold, self.schedule.stages, True, 0, parts, self.operand_dtype)
+
+    @property
+    def rhs(self) -> Operand:
+        slabs, stages = HALVES * self.slabs // self.fold, self.schedule.stages
+        return FoldedOperand(ROWS, FLOAT32_SLAB, slabs, stages, True, 0, 1, jnp.dtype("float32"), self.fold)
+
+    @property
+    def chains_shape(self) -> tuple[int, int]:
+        """Of the array by way of which two chains move up, and what is read below it."""
+        return (2 * ROWS + self.schedule.block_n, self.cols)
+
+    @property
+    def crowded(self) -> bool:
+        return True
+
+    @property
+    def cutting(self) -> int:
+        return 1
+
+    def scratch(self) -> dict[str, Any]:
+        parts = self.lhs_parts
+        return super().scratch() | {
+            "a_parts_smem": tiled_smem(parts.shape, parts.dtype, parts.slab),
+            "chains_smem": plgpu.SMEM(self.chains_shape, jnp.float32),
+            "cut": plgpu.Barrier(num_barriers=self.schedule.stages),
+        }
+
+    def shared_memory(self) -> int:
+        return super().shared_memory() + self.lhs_parts.bytes + 4 * math.prod(self.chains_shape)
+
+    def out_smem(self) -> Any:
+        return tiled_smem((self.cols, ROWS), self.out_dtype, self.schedule.block_n)
+
+    def check_tile(self) -> None:
+        s = self.schedule
+        if (s.block_m, s.block_n, s.block_k, s.warps) != (8, 32, 256, 4):
+            raise ValueError(f"a tile of fewer than {ROWS} rows of B must be 8 by 32 by 256, of 4 warps, got {s}")
+
+    def cut_lhs(self, scratch: dict[str, Ref], steps: Any) -> None:
+        rule, rows, stored = self.contract.split, self.lhs.block, self.lhs_parts
+        assert rule is not None
+        plgpu.set_max_registers(CUTTING_REGISTERS, action="decrease")
+
+        def step(k: Any, _: None) -> None:
+            slot = lax.rem(k, np.int32(self.schedule.stages))
+            plgpu.barrier_wait(scratch["full"].at[slot])
+            halves = [scratch["a_smem"].at[pl.ds(affine(slot, HALVES * rows, i * rows), ROWS)] for i in range(HALVES)]
+            a = jnp.concatenate([plgpu.load(half, layout=plgpu.Layout.WGMMA) for half in halves], axis=1)
+            for part, value in enumerate(_split(a, rule)):
+                # The 64 rows of a store reach into the next part, which comes later.
+                store_rows(scratch["a_parts_smem"], affine(slot, stored.parts * rows // TILE, part * rows // TILE), value)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(scratch["cut"].at[slot])
+
+        lax.fori_loop(0, steps, step, None)
+
+    def lhs_part(self, scratch: dict[str, Ref], slot: Any, part: int, index: int, col: Any) -> Ref:
+        return self.lhs_parts.tile(scratch["a_parts_smem"], slot, part, index, 0, self.lhs_parts.block)
+
+    def product(self, scratch: dict[str, Ref], first: Any, steps: int, chunk: Callable[[Any, int], Multiply]) -> jax.Array:
+        unfold = partial(_unfold, self, scratch["chains_smem"])
+        return promoted_chains(self, scratch["cut"], scratch["empty"], first, steps, chunk, unfold)
+
+    def out_tile(self, scratch: dict[str, Ref], wg: Any) -> tuple[Ref, Ref]:
+        return scratch["out_smem"], first_tile(scratch["out_smem"], self.schedule.block_n)
+
+
+def _unfold(plan: FoldedPlan, smem: Ref, chains: Chains) -> Iterator[Chains]:
+    """The chains of both chunks in two accumulators, from the first row on."""
+    high, cross = chains[0], chains[1]()
+    _store_chains(smem, high[:, plan.cols :], cross[:, plan.cols :])
+
+    def second(i: int) -> jax.Array:
+        moved = smem.at[pl.ds(i * ROWS + plan.schedule.block_n, ROWS)]
+        return plgpu.load(moved, layout=plgpu.Layout.WGMMA, optimized=False)
+
+    yield high[:, : plan.cols], lambda: cross[:, : plan.cols]
+    yield second(0), partial(second, 1)
+
+
+def _store_chains(smem: Ref, *chains: jax.Array) -> None:
+    """Store register arrays one below the other. An assignment would load what was there before, too."""
+    if exact.is_emulated():
+        smem[: len(chains) * ROWS] = jnp.concatenate(chains)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[plgpu.Layout.WGMMA] * len(chains)))
+    def store(_: Any, ref: ir.Value, *chains: mgpu.FragmentedArray) -> None:
+        mgpu.warpgroup_barrier()
+        for i, chain in enumerate(chains):
+            chain.store_untiled(mgpu.memref_slice(ref, slice(i * ROWS, (i + 1) * ROWS)), optimized=False)
+        mgpu.warpgroup_barrier()
+
+    store(smem, *chains)
 
 
 def _split(x: jax.Array, rule: Float32Split) -> list[jax.Array]:
@@ -173,7 +351,13 @@ def _split_pair(pair: ir.Value) -> list[ir.Value]:
 
 
 def _store(
-    plan: Plan, value: jax.Array, bias: Ref | None, out: Ref, scratch: dict[str, Ref], wg: Any, corner: tuple[Any, Any, Any]
+    plan: RegisterSplitPlan,
+    value: jax.Array,
+    bias: Ref | None,
+    out: Ref,
+    scratch: dict[str, Ref],
+    wg: Any,
+    corner: tuple[Any, Any, Any],
 ) -> None:
     """alpha * acc + beta * bias, transposed and stored; TMA drops what lies outside."""
     batch, row, col = corner
@@ -186,10 +370,10 @@ def _store(
             addend = exact.mul(addend, full_array(value.shape, plan.beta))
         value = exact.add(value, addend)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    tile = scratch["out_smem"].at[wg]
+    tile, source = plan.out_tile(scratch, wg)
     tile.transpose((1, 0))[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(tile, out.at[batch, pl.ds(row, plan.cols), pl.ds(col, ROWS)])
+    plgpu.copy_smem_to_gmem(source, out.at[batch, pl.ds(row, plan.cols), pl.ds(col, source.shape[1])])
 
 
 def _bias(plan: Plan, bias: Ref) -> jax.Array:

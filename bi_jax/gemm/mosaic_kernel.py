@@ -17,8 +17,9 @@ enters the result. What the epilogue and the float32 promotion add, they add by 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,6 +53,8 @@ MEMORY_REGISTERS = 40
 Ref = Any
 Multiply = Callable[[Ref, int, int], None]
 """Adds the product of a part of A and a part of B to an accumulator."""
+Chains = tuple[jax.Array, Callable[[], jax.Array]]
+"""float32: the chain of part 0, and what waits for the chain of all the rest."""
 
 
 @dataclass(frozen=True)
@@ -208,9 +211,19 @@ class Plan:
         return self.rows * self.cols // 128 * (1 if self.contract.split is None else 4)
 
     @property
-    def chunks_in_flight(self) -> int:
-        """Chunks of `promote_k` whose chains a warpgroup has under way together."""
+    def fold(self) -> int:
+        """float32: chunks of `promote_k` whose chains lie side by side in one accumulator."""
         return 1
+
+    @property
+    def chunks_in_flight(self) -> int:
+        """Pairs of accumulators, of `fold` chunks each, that a warpgroup has under way together."""
+        return 1
+
+    @property
+    def cutting(self) -> int:
+        """Warpgroups that cut A into its parts, beside those that load and compute."""
+        return 0
 
     @property
     def crowded(self) -> bool:
@@ -277,6 +290,10 @@ class Plan:
         """A computing warpgroup's share of one tile: accumulate over the ring from step `first`, then store."""
         _compute(self, bias, out, scratch, wg, first, steps, at)
 
+    def cut_lhs(self, scratch: dict[str, Ref], steps: Any) -> None:
+        """The cutting warpgroup, for all steps of a CTA."""
+        raise NotImplementedError
+
 
 def kernel(plan: Plan, batch: int, m: int, n: int, k: int, padded_n: int) -> Callable[..., jax.Array]:
     """The compiled kernel's entry: operands, then the bias if there is one, to [batch, m, padded_n]."""
@@ -300,6 +317,10 @@ def kernel(plan: Plan, batch: int, m: int, n: int, k: int, padded_n: int) -> Cal
                 plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
             _load(plan, a, b, scratch, local_tiles, steps, tile_at)
 
+        @when(lax.gt(warpgroup, np.int32(plan.warpgroups)) if plan.cutting else False)
+        def _() -> None:
+            plan.cut_lhs(scratch, affine(local_tiles, steps))
+
         @when(lax.lt(warpgroup, np.int32(plan.warpgroups)))
         def _() -> None:
             if plan.crowded:
@@ -317,7 +338,7 @@ def kernel(plan: Plan, batch: int, m: int, n: int, k: int, padded_n: int) -> Cal
         out_type=jax.ShapeDtypeStruct((batch, m, padded_n), plan.out_dtype),
         grid=(ctas,),
         grid_names=("cta",),
-        num_threads=plan.warpgroups + 1,
+        num_threads=plan.warpgroups + 1 + plan.cutting,
         thread_name="warpgroup",
         kernel_name="bi_gemm",
         scratch_types=plan.scratch(),
@@ -414,16 +435,24 @@ def _chain(plan: Plan, full: Ref, empty: Ref, first: Any, steps: int, multiply: 
 
 
 def promoted_chains(
-    plan: Plan, full: Ref, empty: Ref, first: Any, steps: int, chunk: Callable[[Any, int], Multiply]
+    plan: Plan,
+    full: Ref,
+    empty: Ref,
+    first: Any,
+    steps: int,
+    chunk: Callable[[Any, int], Multiply],
+    unfold: Callable[[Chains], Iterable[Chains]] = lambda chains: [chains],
 ) -> jax.Array:
     """float32: two chains per `promote_k` elements of K, added up as `Float32Split` says.
 
-    `chunk(slot, index)` loads what it needs of a stage's chunk and returns how to multiply a part of A with a part of B.
-    The chains of `plan.chunks_in_flight` chunks are under way before the first of them is waited for.
+    `chunk(slot, index)` loads what it needs of a stage's chunk, or `plan.fold` chunks, and returns how to multiply a part of A
+    with a part of B; `unfold` gives the chains of each of these chunks, in ascending order. `plan.chunks_in_flight` pairs of
+    accumulators are under way before the first of them is waited for.
     """
     rule = plan.contract.split
     assert rule is not None
-    stages, chunks, products = np.int32(plan.schedule.stages), plan.schedule.block_k // rule.promote_k, 1 + len(rule.cross)
+    stages, products = np.int32(plan.schedule.stages), 1 + len(rule.cross)
+    chunks = plan.schedule.block_k // (rule.promote_k * plan.fold)
 
     def together(slot: Any, indices: range, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         def scope(*accs: Ref) -> tuple[jax.Array, jax.Array]:
@@ -435,15 +464,17 @@ def promoted_chains(
                     multiply(cross_acc, i_part, j_part)
             pending = len(indices) * products
             for high_acc, cross_acc in zip(accs[::2], accs[1::2], strict=True):
-                high_chain = plgpu.wgmma_accumulator_load(high_acc, wait_n=pending - 1)
-                total = exact.add(high, high_chain)
-                error = exact.sub(high_chain, exact.sub(total, high))
+                high_chains = plgpu.wgmma_accumulator_load(high_acc, wait_n=pending - 1)
                 pending -= products
-                cross = exact.add(cross, exact.add(plgpu.wgmma_accumulator_load(cross_acc, wait_n=pending), error))
-                high = total
+                cross_chains = partial(plgpu.wgmma_accumulator_load, cross_acc, wait_n=pending)
+                for high_chain, cross_chain in unfold((high_chains, cross_chains)):
+                    total = exact.add(high, high_chain)
+                    error = exact.sub(high_chain, exact.sub(total, high))
+                    cross = exact.add(cross, exact.add(cross_chain(), error))
+                    high = total
             return high, cross
 
-        return pl.run_scoped(scope, *[plgpu.ACC((plan.rows, plan.cols))] * (2 * len(indices)))
+        return pl.run_scoped(scope, *[plgpu.ACC((plan.rows, plan.fold * plan.cols))] * (2 * len(indices)))
 
     def step(k: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         slot = lax.rem(affine(k, 1, first), stages)
@@ -548,6 +579,14 @@ def plain_rows(smem: Ref, first: Any, rows: int) -> Ref:
         return swizzled_rows(smem, first, rows)
     tiles = _tiles(smem, first, rows).reshape(rows, smem.shape[1])
     return type(smem)(tiles.ref, (*tiles.transforms, *smem.transforms[:1]))
+
+
+def first_tile(smem: Ref, width: int) -> Ref:
+    """The first 8 rows of `width` for TMA, of an array of such tiles."""
+    if exact.is_emulated():
+        return swizzled_rows(smem, 0, TILE, 0, width)
+    tile = smem.ref.at[0, 0]
+    return type(smem)(tile.ref, (*tile.transforms, *smem.transforms[:1]))
 
 
 def store_rows(smem: Ref, first: Any, value: jax.Array) -> None:
