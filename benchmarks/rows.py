@@ -256,15 +256,15 @@ def main() -> int:
     console.print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", highlight=False)
     calls = [(op, dtype, FEW_ROWS if args.few else SHAPES, args.columns, rate) for op in args.ops for dtype in args.dtypes]
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bars, console=console, transient=True) as progress:
-        results = progress.track(in_turns(measure_operation, calls), total=len(calls), description="operations")
-        measurements = [m for result in results for m in result]
     order = {(op, dtype): i for i, (op, dtype, *_) in enumerate(calls)}
-    measurements.sort(key=lambda m: order[m.operation, m.dtype])
+    measurements: list[Measurement] = []
+    with Progress(*bars, console=console, transient=True) as progress:
+        for result in progress.track(in_turns(measure_operation, calls), total=len(calls), description="operations"):
+            measurements = sorted([*measurements, *result], key=lambda m: order[m.operation, m.dtype])
+            if args.json:  # what there is, in case that the rest does not come
+                data = {"environment": facts, "measurements": [asdict(m) for m in measurements]}
+                args.json.write_text(json.dumps(data, indent=1) + "\n")
     console.print(table(measurements))
-    if args.json:
-        data = {"environment": facts, "measurements": [asdict(m) for m in measurements]}
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
     if args.plot:
         write_plot(args.plot, measurements, f"share of the copy bandwidth, {', '.join(facts.values())}")
     return 0
