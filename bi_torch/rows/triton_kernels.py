@@ -193,9 +193,7 @@ def _numbers(tile, PACKED: tl.constexpr):
     """
     result = ()
     for i in tl.static_range(len(tile)):
-        if PACKED and tile[i].dtype == tl.bfloat16:
-            result = result + (tl.inline_asm_elementwise(WIDEN, WIDEN_REGISTERS, [tile[i]], tl.float32, is_pure=False, pack=2),)
-        elif PACKED and tile[i].dtype != tl.float32:
+        if PACKED and tile[i].dtype != tl.float32:
             same = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile[i]], tile[i].dtype, is_pure=False, pack=2)
             result = result + (same.to(tl.float32),)
         else:
@@ -246,6 +244,15 @@ def _pairwise(x, y, KIND: tl.constexpr):
 
 
 @triton.jit
+def _widened(x):
+    """`_numbers` of one PACKED tile, bfloat16 by fewer instructions: it pays where exponentials follow."""
+    if x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(WIDEN, WIDEN_REGISTERS, [x], tl.float32, is_pure=False, pack=2)
+    else:
+        return _numbers((x,), True)[0]
+
+
+@triton.jit
 def _terms(
     tiles, base, N, maximum, NEAR: tl.constexpr, KEEP: tl.constexpr,
     ELEMENT: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, FULL: tl.constexpr,
@@ -253,7 +260,7 @@ def _terms(
     """The chains over chunks of a sum of exponentials by pieces; and its terms by tiles, where to KEEP."""
     sums, terms = (), ()
     for i in tl.static_range(len(tiles)):
-        (x,) = _numbers((tiles[i][ELEMENT],), True)
+        x = _widened(tiles[i][ELEMENT])
         inside = _column(base, i % CHUNKS, i // CHUNKS, LANES, PIECE) < N
         if NEAR:
             term = near_exp_term(x, maximum)
