@@ -82,7 +82,7 @@ def jax_compiled(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]])
     return jax.jit(program, donate_argnames="previous", keep_unused=True).lower(arguments, previous).compile()
 
 
-def microseconds(programs: dict[str, Program], *, seconds: float = 0.01, repeats: int = 5) -> dict[str, float]:
+def microseconds(programs: dict[str, Program], *, seconds: float = 0.006, repeats: int = 5) -> dict[str, float]:
     """Median time per call of each program, in microseconds; a short queue runs for about `seconds`, a long one thrice that."""
     with _no_garbage_collection():
         runs = {}
@@ -92,7 +92,7 @@ def microseconds(programs: dict[str, Program], *, seconds: float = 0.01, repeats
         samples: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
         for _ in range(repeats):
             for name, program in programs.items():
-                _elapsed(program, 1)  # the first one after another column's may take longer
+                _elapsed(program, runs[name])  # not counted: the first queue after another column's may take longer
                 samples[name].append((_elapsed(program, runs[name]), _elapsed(program, 3 * runs[name])))
     result = {}
     for name, program in programs.items():
