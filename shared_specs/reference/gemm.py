@@ -110,8 +110,9 @@ def _promoted_chains(
     size = min(rule.promote_k, a.shape[-1])
     if not size:
         return iter(())
-    a = np.moveaxis(a.reshape(*a.shape[:-1], -1, size), -2, 0)
-    b = np.moveaxis(b.reshape(*b.shape[:-2], -1, size, b.shape[-1]), -3, 0)
+    chunks = a.shape[-1] // size
+    a = np.moveaxis(a.reshape(*a.shape[:-1], chunks, size), -2, 0)
+    b = np.moveaxis(b.reshape(*b.shape[:-2], chunks, size, b.shape[-1]), -3, 0)
     part, a_parts, b_parts = float_format(rule.part), split(a, rule), split(b, rule)
     zero = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
     high = tensor_core.chain(a_parts[0], b_parts[0], zero, part, arithmetic)
