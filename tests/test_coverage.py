@@ -133,6 +133,7 @@ def test_uncovered_operations_raise_and_say_where_to_read(function: Any, op: str
     "function",
     [
         lambda: torch.cumsum(torch.arange(3), 0),
+        lambda: torch.cumsum(X, 0, dtype=torch.int32),
         lambda: X.index_put((INDEX,), torch.ones(3, 4)),
         lambda: X.scatter(0, INDEX[:, None], 1.0),
         lambda: torch.add(X.bfloat16(), X.bfloat16()),

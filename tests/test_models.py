@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from benchmarks.model import LLAMA_1B
@@ -30,6 +32,7 @@ MODELS = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config),
     "gpt2": (GPT2LMHeadModel, GPT2Config),
 }
+EXPERTS = {"qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig)}
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8}
 SIZES = {
     "cpu": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96},
@@ -44,13 +47,15 @@ on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", mark
 
 @functools.cache
 def model(name: str, device: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    kind, config = MODELS[name]
+    kind, config = (MODELS | EXPERTS)[name]
     size = dict(SIZES.get(f"{device} {name}", SIZES[device]))
     if name == "gpt2":
         del size["intermediate_size"]
     else:
         size.setdefault("num_key_value_heads", size["num_attention_heads"] // 2)
         size.setdefault("head_dim", size["hidden_size"] // size["num_attention_heads"])
+    if name in EXPERTS:
+        size |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": size["intermediate_size"] // 2}
     torch.manual_seed(0)
     with torch.device(device):
         return kind(config(**size, **IDS)).to(dtype).eval()
@@ -124,6 +129,18 @@ def test_prefill_and_decode(name, device):
     prefill = score(net, ids)
     assert_same(decode(net, ids), prefill)
     assert_same(decode(net, ids[1:2]), prefill[1:2])
+
+
+@on_devices
+@pytest.mark.parametrize("name", EXPERTS)
+@set_batch_invariant_mode()
+def test_experts(name, device):
+    """A token's experts multiply a group of tokens that depends on the batch."""
+    net, ids = model(name, device), tokens(name, device)
+    together = score(net, ids)
+    assert_same(score(net, ids[5:6]), together[5:6])
+    assert_same(score(net, ids[3:10]), together[3:10])
+    assert_same(decode(net, ids[5:7]), together[5:7])
 
 
 @on_devices

@@ -51,6 +51,11 @@ def _rounds_product(arguments: Arguments) -> bool:
     return arguments["alpha"] not in (1, -1) and arguments["self"].dtype.itemsize == 2
 
 
+def _is_integer(dtype: torch.dtype | None) -> bool:
+    """Whether numbers become integers before anything is done with them."""
+    return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
+
+
 CONDITIONS: dict[str, Condition] = {
     "accumulate": Condition("with accumulate=True", lambda arguments: bool(arguments["accumulate"])),
     "adds": Condition(
@@ -58,6 +63,7 @@ CONDITIONS: dict[str, Condition] = {
     ),
     "alpha": Condition("for 16-bit formats and an alpha that is neither 1 nor -1", _rounds_product),
     "collisions": Condition("unless there is one index along the dimension", _several_targets),
+    "rounds": Condition("unless dtype is one of integers", lambda arguments: not _is_integer(arguments["dtype"])),
     "training": Condition("in training", lambda arguments: bool(arguments.get("training", arguments.get("train")))),
 }
 

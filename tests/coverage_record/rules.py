@@ -48,6 +48,7 @@ CONDITIONAL = {
         "adds": "scatter_reduce.two index_reduce",
         "alpha": "add.Tensor sub.Tensor rsub.Tensor",
         "collisions": "scatter_add index_add",
+        "rounds": "cumsum cumprod",
         "training": "native_batch_norm _native_batch_norm_legit native_batch_norm_backward",
     }.items()
     for name in names.split()
@@ -164,8 +165,9 @@ UNTESTED = (
     ),
 )
 
-# By name, operations of which calls that do not meet their condition only move values, where the database has no such call.
-MOVES = frozenset({"index_put", "put"})
+# By name, operations of which calls that do not meet their condition only move values or compute with integers, where the
+# database has no such call.
+EXACT_OTHERWISE = frozenset({"cumprod", "cumsum", "index_put", "put"})
 
 
 @cache
@@ -187,7 +189,7 @@ def verdict(operation: Operation, device: str, found: Mapping[Key, Evidence]) ->
     always, conditional = found.get((stands_for, False)), found.get((stands_for, True))
     condition = CONDITIONAL.get(stands_for)
     kind, reason = _judge(operation, device, always)
-    if always is None and stands_for in MOVES:
+    if always is None and kind == "uncovered" and stands_for in EXACT_OTHERWISE:
         return "uncovered", _judge(operation, device, conditional)[1], condition
     if condition is None or always is None or always.differs:
         return kind, reason, None
