@@ -265,7 +265,9 @@ class _Gemm(Function):
     def forward(
         ctx: Any, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, alpha: float, beta: float, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        ctx.save_for_backward(a, b)
+        # An operand is kept for the other one's gradient alone: else it may be written to, and need not be remembered.
+        ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
+        ctx.a_shape, ctx.b_shape, ctx.dtype = a.shape, b.shape, a.dtype
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.alpha, ctx.beta = alpha, beta
         return _below_autograd(a, b, bias, alpha, beta, out_dtype)
@@ -273,12 +275,12 @@ class _Gemm(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         a, b = ctx.saved_tensors
-        g = grads[0].to(a.dtype)
+        g = grads[0].to(ctx.dtype)
         grad_a = grad_b = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_a = _reduced_gemm(g, b.mT, a.shape, ctx.alpha)
+            grad_a = _reduced_gemm(g, b.mT, ctx.a_shape, ctx.alpha)
         if ctx.needs_input_grad[1]:
-            grad_b = _reduced_gemm(a.mT, g, b.shape, ctx.alpha)
+            grad_b = _reduced_gemm(a.mT, g, ctx.b_shape, ctx.alpha)
         if ctx.needs_input_grad[2]:
             shape, dtype = ctx.bias
             grad_bias = _reduced_sum(g, shape, ctx.beta, dtype)

@@ -16,20 +16,24 @@ from shared_specs.programs import softmax as softmax_programs
 
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
+
+def _shaped_as_x(saved: SimpleNamespace, g: Tensor) -> Tensor:
+    """What stands for an input of which the gradient needs the shape: its elements are not read."""
+    return g.new_empty(saved.shapes["x"], dtype=saved.dtypes["x"])
+
+
 _spread = RowOp("spread(Tensor like, Tensor g, ScalarType dtype) -> Tensor dx", programs.SPREAD)
 _sum = RowOp(
     "sum(Tensor x, ScalarType dtype) -> Tensor y",
     programs.SUM,
-    keep=("x",),
-    gradient=lambda s, g: {"x": _spread(s.x, g.y, s.x.dtype)},
+    gradient=lambda s, g: {"x": _spread(_shaped_as_x(s, g.y), g.y, s.dtypes["x"])},
 )
 
 _mean_backward = RowOp("mean_backward(Tensor like, Tensor g, ScalarType dtype) -> Tensor dx", programs.MEAN_BACKWARD)
 _mean = RowOp(
     "mean(Tensor x, ScalarType dtype) -> Tensor y",
     programs.MEAN,
-    keep=("x",),
-    gradient=lambda s, g: {"x": _mean_backward(s.x, g.y, s.x.dtype)},
+    gradient=lambda s, g: {"x": _mean_backward(_shaped_as_x(s, g.y), g.y, s.dtypes["x"])},
 )
 
 _var_backward = RowOp(
