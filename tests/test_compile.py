@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.decorators import skip
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._guards import GuardsContext
@@ -345,6 +346,20 @@ class Recorder(CustomGraphPass):
 
     def uuid(self):
         return "recorder"
+
+
+def test_behind_a_break_in_the_graph_the_engines_are_not_compiled():
+    """A function that runs in Python, inside a compiled one: Dynamo looks at all that it calls."""
+
+    @skip
+    def in_python(x, w):
+        return F.softmax(F.linear(x, w), -1)
+
+    counter, x, w = CompileCounter(), torch.randn(3, 16), torch.randn(5, 16, requires_grad=True)
+    with set_batch_invariant_mode():
+        y = torch.compile(lambda x, w: in_python(x, w), backend=counter)(x, w)
+        assert_same(y, F.softmax(F.linear(x, w), -1))
+    assert counter.frame_count == 0
 
 
 def test_a_pass_of_the_user_runs_too():

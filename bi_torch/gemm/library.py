@@ -18,6 +18,7 @@ from bi_torch.direct import keep, kernel_device, signature
 from bi_torch.gemm import cpu, cuda
 from bi_torch.stock import runs_stock
 from bi_torch.transforms import Function, record, to_front
+from bi_torch.uncompiled import uncompiled
 from shared_specs import GemmContract, gemm_contract
 
 _SCHEMA = "(Tensor a, Tensor b, Tensor? bias, float alpha, float beta, ScalarType out_dtype)"
@@ -362,5 +363,5 @@ _KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 for name, kernels in _KERNELS.items():
     for key, kernel in kernels.items():
-        _LIBRARY.impl(name, kernel, key)
+        _LIBRARY.impl(name, uncompiled(kernel), key)
 torch.library.register_vmap("bi_torch::gemm", _vmap, lib=_LIBRARY)

@@ -21,6 +21,7 @@ from bi_torch.mode import activations, losses, normalization, policy, products, 
 from bi_torch.mode.numbers import with_tensors
 from bi_torch.mode.override import Function, Override, overload
 from bi_torch.stock import THREAD
+from bi_torch.uncompiled import uncompiled
 
 OVERRIDES: tuple[Override, ...] = (
     *products.OVERRIDES,
@@ -57,7 +58,7 @@ def install(portable: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is overridden
         for name, key, kernel in _installed:
-            _library.impl(name, kernel, key, with_keyset=True, allow_override=True)
+            _library.impl(name, uncompiled(kernel), key, with_keyset=True, allow_override=True)
     _resolve_anew(_installed)
 
 

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from bi_torch.direct import keep, kernel_device, repeat, signature
 from bi_torch.stock import runs_stock
 from bi_torch.transforms import Function, record, to_front
+from bi_torch.uncompiled import uncompiled
 from shared_specs.rows import ColumnProgram, RowProgram
 
 _LIBRARY = torch.library.Library("bi_torch", "FRAGMENT")
@@ -65,9 +66,9 @@ class Op:
         self._keep, self._gradient, self._by_row = keep, gradient, by_row
         self._kernels = {"cpu": runs_stock(cpu), "cuda": runs_stock(cuda)}
         for device, kernel in self._kernels.items():
-            _LIBRARY.impl(self.name, kernel, device.upper())
+            _LIBRARY.impl(self.name, uncompiled(kernel), device.upper())
         _LIBRARY.impl(self.name, fake, "Meta")
-        _LIBRARY.impl(self.name, self._autograd(), "Autograd")
+        _LIBRARY.impl(self.name, uncompiled(self._autograd()), "Autograd")
         torch.library.register_vmap(f"bi_torch::{self.name}", self._vmap, lib=_LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
@@ -297,7 +298,7 @@ def in_place_op(schema: str, program: Callable[[SimpleNamespace], RowProgram]) -
 
     kernels = {"CPU": runs_stock(kernel(_cpu)), "CUDA": runs_stock(kernel(_cuda)), "Meta": lambda *args: None}
     for key, function in kernels.items():
-        _LIBRARY.impl(name, function, key)
+        _LIBRARY.impl(name, uncompiled(function), key)
     return overload
 
 
