@@ -185,6 +185,12 @@ def _load_tile(pointers, column, N, BLOCK_ROWS: tl.constexpr, MASKED: tl.constex
 
 
 @triton.jit
+def _opaque(x, PACK: tl.constexpr):
+    """x, PACK elements a register, from an instruction of which the compiler does not know that it copies."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=False, pack=PACK)
+
+
+@triton.jit
 def _numbers(tile, PACKED: tl.constexpr):
     """A tile as float32.
 
@@ -194,8 +200,7 @@ def _numbers(tile, PACKED: tl.constexpr):
     result = ()
     for i in tl.static_range(len(tile)):
         if PACKED and tile[i].dtype != tl.float32:
-            same = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile[i]], tile[i].dtype, is_pure=False, pack=2)
-            result = result + (same.to(tl.float32),)
+            result = result + (_opaque(tile[i], 2).to(tl.float32),)
         else:
             result = result + (tile[i].to(tl.float32),)
     return result
@@ -274,9 +279,7 @@ def _terms(
     for piece in tl.static_range(len(terms) // CHUNKS):
         total = _chain(terms[piece * CHUNKS : (piece + 1) * CHUNKS])
         if NEAR:  # or the compiler would add up behind the branch, where it would hold every term
-            bits = total.to(tl.int32, bitcast=True)
-            bits = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [bits], tl.int32, is_pure=False, pack=1)
-            total = bits.to(tl.float32, bitcast=True)
+            total = _opaque(total.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
         sums = sums + (total,)
     if KEEP:
         return sums, terms
