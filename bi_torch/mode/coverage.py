@@ -24,6 +24,8 @@ from typing import Any, Literal
 
 import torch
 
+from bi_torch.mode.policy import inexact
+
 FILE = Path(__file__).with_name("coverage.json")
 DEVICES = ("cpu", "cuda")
 
@@ -51,9 +53,9 @@ def _rounds_product(arguments: Arguments) -> bool:
     return arguments["alpha"] not in (1, -1) and arguments["self"].dtype.itemsize == 2
 
 
-def _is_integer(dtype: torch.dtype | None) -> bool:
-    """Whether numbers become integers before anything is done with them."""
-    return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
+def _rounds(arguments: Arguments) -> bool:
+    """Whether numbers do not become integers before anything is done with them."""
+    return arguments["dtype"] is None or any(inexact([arguments["dtype"]]))
 
 
 CONDITIONS: dict[str, Condition] = {
@@ -63,7 +65,7 @@ CONDITIONS: dict[str, Condition] = {
     ),
     "alpha": Condition("for 16-bit formats and an alpha that is neither 1 nor -1", _rounds_product),
     "collisions": Condition("unless there is one index along the dimension", _several_targets),
-    "rounds": Condition("unless dtype is one of integers", lambda arguments: not _is_integer(arguments["dtype"])),
+    "rounds": Condition("unless dtype is one of integers", _rounds),
     "training": Condition("in training", lambda arguments: bool(arguments.get("training", arguments.get("train")))),
 }
 
