@@ -321,7 +321,7 @@ def _segment_results(
     KIND: tl.constexpr = kind_of(FORMULAS, INDEX)
     ELEMENT: tl.constexpr = element_of(FORMULAS, INDEX)
     NARROW: tl.constexpr = ELEMENT >= 0 and tiles[0][ELEMENT].dtype.primitive_bitwidth == 16
-    if KIND == "sum_exp" and NARROW and BLOCK_ROWS == 1 and base.shape[1] == 1:
+    if KIND == "sum_exp" and NARROW and BLOCK_ROWS == 1 and base.shape[1] == 1 and PIECE > 1:  # there is a pair
         return _narrow_sum_exp(tiles, base, N, reads_terms(FORMULAS, INDEX), ELEMENT, CHUNKS, LANES, PIECE, FULL)
     else:
         return _wide_results(

@@ -162,6 +162,7 @@ def _assembly(
     self: Any, assembly: str, constraints: str, values: list[TensorHandle], types: list[Any], is_pure: bool, pack: int
 ) -> Any:
     """The assembly of our kernels: a register to another, parts of a float32, bfloat16 widened, extremes of pairs."""
+    assert all(value.data.size % pack == 0 for value in values), "the compiler takes whole packs alone"
     if (assembly, constraints) == (ptx.SPLIT, ptx.SPLIT_REGISTERS):
         parts = _parts(values[0].data)
         return SimpleNamespace(get_result=lambda i: TensorHandle(parts[i], tl.bfloat16))
