@@ -10,10 +10,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # XLA's command buffers are CUDA graphs; as in a graph captured from a stream, one kernel runs after another.
@@ -21,19 +20,19 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_command_
 
 import jax
 import torch
-import torch.nn.functional as F
 import triton
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-import bi_jax
-import bi_torch
+from benchmarks.row_operations import OPERATIONS, OTHERS
 from benchmarks.timing import compiled_program, jax_compiled, microseconds, torch_program
 from benchmarks.turns import in_turns, ready, turn
 from bi_bridge import to_jax
 
 SHAPES = ((16384, 4096), (8192, 8192), (4096, 16384), (2048, 151936), (65536, 128))
+ONE_SHAPE = ((16384, 4096),)
+"""Of the other operations."""
 FEW_ROWS = ((1, 4096), (8, 4096), (64, 4096), (1, 151936), (8, 151936), (64, 151936))
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 EAGER, COMPILED, PYTORCH, JAX = "eager", "torch.compile", "bi_torch", "bi_jax"
@@ -45,85 +44,6 @@ PROGRAM_BYTES = 1 << 30
 """A program makes as many calls as have inputs of this size together, ..."""
 MOST_CALLS = 64
 """... but no more than this: the host takes longer to start a program than the device to run one short kernel."""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation: how torch, bi_torch and bi_jax call it on its inputs.
-
-    Attributes:
-        eager, ours, in_jax: called with the elements, then the ids, then the columns.
-        columns: inputs [cols].
-        elements: inputs [rows, cols].
-        ids: one int32 input [rows].
-        writes: outputs [rows, cols].
-    """
-
-    eager: Callable[..., Any]
-    ours: Callable[..., Any]
-    in_jax: Callable[..., Any]
-    columns: int = 0
-    elements: int = 1
-    ids: bool = False
-    writes: int = 1
-
-    def arguments(self, rows: int, cols: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Fresh inputs: elements [rows, cols], ids [rows], then parameters [cols]."""
-        elements = [torch.empty(rows, cols, device="cuda", dtype=dtype).normal_() for _ in range(self.elements)]
-        ids = [torch.randint(cols, (rows,), device="cuda", dtype=torch.int32)] if self.ids else []
-        parameters = [torch.empty(cols, device="cuda", dtype=dtype).normal_() for _ in range(self.columns)]
-        return (*elements, *ids, *parameters)
-
-    def bytes(self, rows: int, cols: int, itemsize: int) -> int:
-        """Bytes of the large tensors, each counted once."""
-        return (self.elements + self.writes) * rows * cols * itemsize
-
-
-def _token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return F.log_softmax(logits, -1, dtype=torch.float32).gather(-1, ids.long()[:, None])[:, 0]
-
-
-def _fused_add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    h = x + residual
-    return F.rms_norm(h, h.shape[-1:], weight, 1e-6), h
-
-
-OPERATIONS: dict[str, Operation] = {
-    "softmax": Operation(
-        lambda x: F.softmax(x, -1), lambda x: bi_torch.softmax(x, -1), lambda x: bi_jax.softmax(x, -1)
-    ),
-    "log_softmax": Operation(
-        lambda x: F.log_softmax(x, -1), lambda x: bi_torch.log_softmax(x, -1), lambda x: bi_jax.log_softmax(x, -1)
-    ),
-    "token_logprobs": Operation(
-        _token_logprobs, bi_torch.token_logprobs, bi_jax.token_logprobs, ids=True, writes=0
-    ),
-    "logsumexp": Operation(
-        lambda x: torch.logsumexp(x, -1), lambda x: bi_torch.logsumexp(x, -1), lambda x: bi_jax.logsumexp(x, -1), writes=0
-    ),
-    "sum": Operation(lambda x: x.sum(-1), lambda x: bi_torch.sum(x, -1), lambda x: bi_jax.sum(x, -1), writes=0),
-    "rms_norm": Operation(
-        lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-6),
-        lambda x, w: bi_torch.rms_norm(x, x.shape[-1:], w, 1e-6),
-        lambda x, w: bi_jax.rms_norm(x, x.shape[-1:], w, 1e-6),
-        columns=1,
-    ),
-    "fused_add_rms_norm": Operation(
-        _fused_add_rms_norm,
-        lambda x, r, w: bi_torch.fused_add_rms_norm(x, r, w, 1e-6),
-        lambda x, r, w: bi_jax.fused_add_rms_norm(x, r, w, 1e-6),
-        columns=1, elements=2, writes=2,
-    ),
-    "layer_norm": Operation(
-        lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b),
-        lambda x, w, b: bi_torch.layer_norm(x, x.shape[-1:], w, b),
-        lambda x, w, b: bi_jax.layer_norm(x, x.shape[-1:], w, b),
-        columns=2,
-    ),
-    "gelu": Operation(F.gelu, bi_torch.gelu, bi_jax.gelu),
-    "silu_mul": Operation(lambda x, up: F.silu(x) * up, bi_torch.silu_mul, bi_jax.silu_mul, elements=2),
-    "exp": Operation(torch.exp, bi_torch.exp, bi_jax.exp),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,7 +71,7 @@ def measure_operation(
     name: str, dtype: str, shapes: Sequence[tuple[int, int]], columns: Sequence[str], rate: float
 ) -> list[Measurement]:
     """Every column for one operation and dtype; a process of its own runs this."""
-    operation, itemsize = OPERATIONS[name], DTYPES[dtype].itemsize
+    operation, itemsize = (OPERATIONS | OTHERS)[name], DTYPES[dtype].itemsize
     torch._dynamo.config.cache_size_limit = 64
     torch._inductor.config.compile_threads = 1  # there is a process for every operation
     calls = {EAGER: operation.eager, COMPILED: torch.compile(operation.eager, dynamic=False), PYTORCH: operation.ours}
@@ -233,11 +153,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.rows", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "--ops", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), metavar="OP", help=", ".join(OPERATIONS)
-    )
+    parser.add_argument("--ops", nargs="+", choices=OPERATIONS, metavar="OP", help=f"of {', '.join(OPERATIONS)}")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--few", action="store_true", help="1 to 64 rows instead of many")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--few", action="store_true", help="1 to 64 rows instead of many")
+    kinds.add_argument("--others", action="store_true", help=f"{', '.join(OTHERS)}, for one shape")
     columns = (EAGER, COMPILED, PYTORCH, JAX)
     parser.add_argument("--columns", nargs="+", choices=columns, default=columns, metavar="COLUMN", help=", ".join(columns))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements")
@@ -254,7 +174,9 @@ def main() -> int:
         "copy": f"{rate / 1e6:.2f} TB/s",
     }  # fmt: skip
     console.print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", highlight=False)
-    calls = [(op, dtype, FEW_ROWS if args.few else SHAPES, args.columns, rate) for op in args.ops for dtype in args.dtypes]
+    ops = OTHERS if args.others else args.ops or OPERATIONS
+    shapes = ONE_SHAPE if args.others else FEW_ROWS if args.few else SHAPES
+    calls = [(op, dtype, shapes, args.columns, rate) for op in ops for dtype in args.dtypes]
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     order = {(op, dtype): i for i, (op, dtype, *_) in enumerate(calls)}
     measurements: list[Measurement] = []

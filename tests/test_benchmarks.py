@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 import bi_jax
@@ -15,10 +16,13 @@ from benchmarks import model_jax
 from benchmarks.model_report import Measurement as ModelMeasurement
 from benchmarks.model_report import table
 from benchmarks.report import Measurement, measurement_table, summarise, summary_table, write_json, write_plot
+from benchmarks.row_operations import OPERATIONS, OTHERS
 from benchmarks.shapes import MODELS, ROWS
 from benchmarks.timing import Program, jax_program, microseconds
+from bi_bridge import to_jax, to_torch
 from examples.llm import jax_model, jax_stock
 from examples.llm.config import Config
+from tests.arrays import assert_same
 from tests.model_engines import model_engines
 
 MEASUREMENTS = [
@@ -112,3 +116,16 @@ def test_table_of_a_model() -> None:
     console = Console(record=True, width=120)
     console.print(table([ModelMeasurement("forward", "all", "jit", 2.0, 3.0)], "JAX, milliseconds", "bi_jax"))
     assert "1.50" in console.export_text()
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, *OTHERS])
+def test_row_operations_are_the_same_in_every_column(name: str) -> None:
+    operation = (OPERATIONS | OTHERS)[name]
+    torch.manual_seed(1)
+    arguments = operation.arguments(3, 256, torch.float32, "cpu")
+    eager, ours = (jax.tree.leaves(call(*arguments)) for call in (operation.eager, operation.ours))
+    in_jax = jax.tree.leaves(jax.jit(operation.in_jax)(*map(to_jax, arguments)))
+    for stock, x, y in zip(eager, ours, in_jax, strict=True):
+        torch.testing.assert_close(x, stock, equal_nan=True)
+        assert_same(x, to_torch(y))
+    assert sum(x.shape.numel() == 3 * 256 for x in ours) == operation.writes
