@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ class Operation:
         eager, ours, in_jax: called with the elements, then the ids, the columns and the tables.
         columns: inputs [cols].
         elements: inputs [rows, cols].
-        ids: what one int32 input [rows] counts, if there is one: columns, or each row once.
+        ids: one int32 input [rows], a column for each row.
         tables: cosines and sines, float32 [rows, 1, HEAD / 2].
         writes: outputs [rows, cols].
     """
@@ -34,18 +34,14 @@ class Operation:
     in_jax: Callable[..., Any]
     columns: int = 0
     elements: int = 1
-    ids: Literal["", "columns", "rows"] = ""
+    ids: bool = False
     tables: bool = False
     writes: int = 1
 
     def arguments(self, rows: int, cols: int, dtype: torch.dtype, device: str = "cuda") -> tuple[torch.Tensor, ...]:
         """Fresh inputs: elements [rows, cols], ids [rows], parameters [cols], then tables."""
         elements = [torch.empty(rows, cols, device=device, dtype=dtype).normal_() for _ in range(self.elements)]
-        ids = {
-            "": list,
-            "columns": lambda: [torch.randint(cols, (rows,), device=device, dtype=torch.int32)],
-            "rows": lambda: [torch.randperm(rows, device=device, dtype=torch.int32)],
-        }[self.ids]()
+        ids = [torch.randint(cols, (rows,), device=device, dtype=torch.int32)] if self.ids else []
         parameters = [torch.empty(cols, device=device, dtype=dtype).normal_() for _ in range(self.columns)]
         tables = [torch.empty(rows, 1, HEAD // 2, device=device).uniform_(-1, 1) for _ in range(2 * self.tables)]
         return (*elements, *ids, *parameters, *tables)
@@ -97,7 +93,7 @@ OPERATIONS: dict[str, Operation] = {
         lambda x: F.log_softmax(x, -1), lambda x: bi_torch.log_softmax(x, -1), lambda x: bi_jax.log_softmax(x, -1)
     ),
     "token_logprobs": Operation(
-        _token_logprobs, bi_torch.token_logprobs, bi_jax.token_logprobs, ids="columns", writes=0
+        _token_logprobs, bi_torch.token_logprobs, bi_jax.token_logprobs, ids=True, writes=0
     ),
     "logsumexp": Operation(
         lambda x: torch.logsumexp(x, -1), lambda x: bi_torch.logsumexp(x, -1), lambda x: bi_jax.logsumexp(x, -1), writes=0
@@ -133,7 +129,7 @@ OTHERS: dict[str, Operation] = {
         lambda x, ids: F.cross_entropy(x, ids.long(), reduction="none"),
         lambda x, ids: bi_torch.cross_entropy(x, ids, reduction="none"),
         lambda x, ids: bi_jax.cross_entropy(x, ids, reduction="none"),
-        ids="columns", writes=0,
+        ids=True, writes=0,
     ),
     "silu": Operation(F.silu, bi_torch.silu, bi_jax.silu),
     **{
@@ -145,12 +141,6 @@ OTHERS: dict[str, Operation] = {
         lambda x, cos, sin: bi_torch.rotary_embedding(x.unflatten(-1, (-1, HEAD)), cos, sin),
         lambda x, cos, sin: bi_jax.rotary_embedding(x.reshape(len(x), -1, HEAD), cos, sin),
         tables=True,
-    ),
-    "embedding": Operation(
-        lambda weight, ids: F.embedding(ids, weight),
-        lambda weight, ids: bi_torch.embedding(ids, weight),
-        lambda weight, ids: bi_jax.embedding(ids, weight),
-        ids="rows",
     ),
     "sgd": Operation(
         _sgd,
@@ -168,4 +158,4 @@ OTHERS: dict[str, Operation] = {
         _clip, lambda g: bi_torch.clip_by_global_norm([g], 1.0)[0][0], lambda g: bi_jax.clip_by_global_norm([g], 1.0)[0][0]
     ),
 }  # fmt: skip
-"""The other operations."""
+"""The other operations, but for `embedding`, whose rows the frameworks themselves copy."""
