@@ -157,6 +157,15 @@ def test_torch_reads_any_strides(dtype):
         np.testing.assert_array_equal(gemm(x, y), gemm(x.contiguous(), y.contiguous()))
 
 
+@contextlib.contextmanager
+def flush_denormal():
+    assert torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @dtypes
 def test_torch_paths_agree(dtype, monkeypatch):
     """Whether subnormals and infinities are provided for must not matter where there are none."""
@@ -168,13 +177,51 @@ def test_torch_paths_agree(dtype, monkeypatch):
     np.testing.assert_array_equal(run_torch(a, b, contract), lean)
 
 
-@contextlib.contextmanager
-def flush_denormal():
-    assert torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
+def between(exponents, shape, fmt, seed):
+    """Full random significands, from 1 to 1.9 lest they round up, with exponents from the first to the last, both present."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(exponents[0], exponents[1] + 1, shape)
+    drawn[0, :2] = exponents
+    return fmt.encode(np.ldexp(rng.uniform(1, 1.9, shape) * rng.choice((-1, 1), shape), drawn).astype(np.float32))
+
+
+# Exponents of A and of B at the limits of the torch engine's 32-bit path: the last place of the least product is float32's
+# smallest normal, that of an operand is, the largest operand.
+BORDERS = {
+    "bfloat16": [((-56, -55), (-56, -55)), ((-119, -118), (20, 21)), ((20, 25), (25, 25))],
+    "float16": [((-24, -21), (-24, -20)), ((15, 15), (15, 15))],
+    "float32": [((-40, -39), (-40, -39)), ((-103, -102), (24, 25)), ((20, 25), (25, 25))],
+}
+
+
+@pytest.mark.parametrize("state", [contextlib.nullcontext, flush_denormal], ids=["subnormals", "flush_denormal"])
+@pytest.mark.parametrize(("dtype", "left", "right"), [(dtype, *pair) for dtype, pairs in BORDERS.items() for pair in pairs])
+def test_torch_borders_of_the_ordinary(dtype, left, right, state):
+    """With sums that cancel, and with zeros beside the largest number: their products must not count as large."""
+    fmt, contract = float_format(dtype), gemm_contract(dtype)
+    a, b = between(left, (4, 30), fmt, 1), between(right, (30, 6), fmt, 2)
+    a[:, 15:29], b[15:29] = a[:, :14] ^ fmt.storage.type(1 << (fmt.bits - 1)), b[:14] ^ fmt.storage.type(1)
+    a[2:, 3], b[3] = 0, fmt.encode(np.float32(2.0 ** min(25, 1 - fmt.min_exponent)))
+    a, b = a[None], b[None]
+    expected = reference(a, b, contract, out_format=FORMATS["float32"])
+    assert torch_cpu._ordinary(to_torch(a, fmt), to_torch(b, fmt), contract)
+    with state():
+        actual = run_torch(a, b, contract, out_format=FORMATS["float32"])
+    np.testing.assert_array_equal(actual, expected)
+    if dtype != "float16":  # no product of which is out of reach
+        beyond = between([e + (1 if left[0] > 0 else -1) for e in left], (4, 30), fmt, 1)[None]
+        assert not torch_cpu._ordinary(to_torch(beyond, fmt), to_torch(b, fmt), contract)
+
+
+@dtypes
+def test_torch_largest_aligned_terms(dtype):
+    """16 products and an accumulator with significands next to 2 and one exponent: more than int32 holds."""
+    fmt, contract = float_format(dtype), gemm_contract(dtype)
+    most = fmt.storage.type(((1 - fmt.min_exponent) << fmt.mantissa_bits) + (1 << fmt.mantissa_bits) - 1)  # 1.99...
+    a, b = np.full((1, 2, 32), most), np.zeros((1, 32, 2), fmt.storage)
+    a[:, 1] ^= fmt.storage.type(1 << (fmt.bits - 1))
+    b[:, 0], b[:, 16:] = fmt.encode(np.ones((), np.float32)), most
+    check(run_torch, a, b, contract, out_format=FORMATS["float32"])
 
 
 @contextlib.contextmanager
