@@ -80,25 +80,23 @@ def _clip(g: torch.Tensor) -> torch.Tensor:
     return g * (1 / (torch.linalg.vector_norm(g, dtype=torch.float32) + 1e-6)).clamp(max=1)
 
 
-def _reduction(name: str) -> Operation:
+def _over_columns(name: str, writes: int = 0) -> Operation:
     eager, ours, in_jax = (getattr(module, name) for module in (torch, bi_torch, bi_jax))
-    return Operation(lambda x: eager(x, -1), lambda x: ours(x, -1), lambda x: in_jax(x, -1), writes=0)
+    return Operation(lambda x: eager(x, -1), lambda x: ours(x, -1), lambda x: in_jax(x, -1), writes=writes)
+
+
+def _of_elements(name: str) -> Operation:
+    return Operation(getattr(torch, name), getattr(bi_torch, name), getattr(bi_jax, name))
 
 
 OPERATIONS: dict[str, Operation] = {
-    "softmax": Operation(
-        lambda x: F.softmax(x, -1), lambda x: bi_torch.softmax(x, -1), lambda x: bi_jax.softmax(x, -1)
-    ),
-    "log_softmax": Operation(
-        lambda x: F.log_softmax(x, -1), lambda x: bi_torch.log_softmax(x, -1), lambda x: bi_jax.log_softmax(x, -1)
-    ),
+    "softmax": _over_columns("softmax", writes=1),
+    "log_softmax": _over_columns("log_softmax", writes=1),
     "token_logprobs": Operation(
         _token_logprobs, bi_torch.token_logprobs, bi_jax.token_logprobs, ids=True, writes=0
     ),
-    "logsumexp": Operation(
-        lambda x: torch.logsumexp(x, -1), lambda x: bi_torch.logsumexp(x, -1), lambda x: bi_jax.logsumexp(x, -1), writes=0
-    ),
-    "sum": Operation(lambda x: x.sum(-1), lambda x: bi_torch.sum(x, -1), lambda x: bi_jax.sum(x, -1), writes=0),
+    "logsumexp": _over_columns("logsumexp"),
+    "sum": _over_columns("sum"),
     "rms_norm": Operation(
         lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-6),
         lambda x, w: bi_torch.rms_norm(x, x.shape[-1:], w, 1e-6),
@@ -119,12 +117,12 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "gelu": Operation(F.gelu, bi_torch.gelu, bi_jax.gelu),
     "silu_mul": Operation(lambda x, up: F.silu(x) * up, bi_torch.silu_mul, bi_jax.silu_mul, elements=2),
-    "exp": Operation(torch.exp, bi_torch.exp, bi_jax.exp),
+    "exp": _of_elements("exp"),
 }  # fmt: skip
 """What models spend their time on."""
 
 OTHERS: dict[str, Operation] = {
-    **{name: _reduction(name) for name in ("mean", "var", "amax", "amin")},
+    **{name: _over_columns(name) for name in ("mean", "var", "amax", "amin")},
     "cross_entropy": Operation(
         lambda x, ids: F.cross_entropy(x, ids.long(), reduction="none"),
         lambda x, ids: bi_torch.cross_entropy(x, ids, reduction="none"),
@@ -132,10 +130,7 @@ OTHERS: dict[str, Operation] = {
         ids=True, writes=0,
     ),
     "silu": Operation(F.silu, bi_torch.silu, bi_jax.silu),
-    **{
-        name: Operation(getattr(torch, name), getattr(bi_torch, name), getattr(bi_jax, name))
-        for name in ("sigmoid", "tanh", "log", "erf", "rsqrt", "sin", "cos")
-    },
+    **{name: _of_elements(name) for name in ("sigmoid", "tanh", "log", "erf", "rsqrt", "sin", "cos")},
     "rotary_embedding": Operation(
         _rotary_embedding,
         lambda x, cos, sin: bi_torch.rotary_embedding(x.unflatten(-1, (-1, HEAD)), cos, sin),
@@ -159,3 +154,5 @@ OTHERS: dict[str, Operation] = {
     ),
 }  # fmt: skip
 """The other operations, but for `embedding`, whose rows the frameworks themselves copy."""
+
+ALL = OPERATIONS | OTHERS

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.row_operations import OPERATIONS, OTHERS
+from benchmarks.row_operations import ALL, OPERATIONS, OTHERS
 from benchmarks.timing import compiled_program, jax_compiled, microseconds, torch_program
 from benchmarks.turns import in_turns, ready, turn
 from bi_bridge import to_jax
@@ -71,7 +71,7 @@ def measure_operation(
     name: str, dtype: str, shapes: Sequence[tuple[int, int]], columns: Sequence[str], rate: float
 ) -> list[Measurement]:
     """Every column for one operation and dtype; a process of its own runs this."""
-    operation, itemsize = (OPERATIONS | OTHERS)[name], DTYPES[dtype].itemsize
+    operation, itemsize = ALL[name], DTYPES[dtype].itemsize
     torch._dynamo.config.cache_size_limit = 64
     torch._inductor.config.compile_threads = 1  # there is a process for every operation
     calls = {EAGER: operation.eager, COMPILED: torch.compile(operation.eager, dynamic=False), PYTORCH: operation.ours}
@@ -153,11 +153,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.rows", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--ops", nargs="+", choices=OPERATIONS, metavar="OP", help=f"of {', '.join(OPERATIONS)}")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--ops", nargs="+", choices=ALL, default=list(OPERATIONS), metavar="OP", help=f"else {', '.join(OPERATIONS)}"
+    )
+    chosen.add_argument(
+        "--others", action="store_const", dest="ops", const=list(OTHERS), help=f"{', '.join(OTHERS)}, which have one shape"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--few", action="store_true", help="1 to 64 rows instead of many")
-    kinds.add_argument("--others", action="store_true", help=f"{', '.join(OTHERS)}, for one shape")
+    parser.add_argument("--few", action="store_true", help="1 to 64 rows instead of many")
     columns = (EAGER, COMPILED, PYTORCH, JAX)
     parser.add_argument("--columns", nargs="+", choices=columns, default=columns, metavar="COLUMN", help=", ".join(columns))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements")
@@ -174,9 +178,8 @@ def main() -> int:
         "copy": f"{rate / 1e6:.2f} TB/s",
     }  # fmt: skip
     console.print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", highlight=False)
-    ops = OTHERS if args.others else args.ops or OPERATIONS
-    shapes = ONE_SHAPE if args.others else FEW_ROWS if args.few else SHAPES
-    calls = [(op, dtype, shapes, args.columns, rate) for op in ops for dtype in args.dtypes]
+    shapes = {op: FEW_ROWS if args.few else SHAPES if op in OPERATIONS else ONE_SHAPE for op in args.ops}
+    calls = [(op, dtype, shapes[op], args.columns, rate) for op in args.ops for dtype in args.dtypes]
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     order = {(op, dtype): i for i, (op, dtype, *_) in enumerate(calls)}
     measurements: list[Measurement] = []

@@ -16,7 +16,7 @@ from benchmarks import model_jax
 from benchmarks.model_report import Measurement as ModelMeasurement
 from benchmarks.model_report import table
 from benchmarks.report import Measurement, measurement_table, summarise, summary_table, write_json, write_plot
-from benchmarks.row_operations import OPERATIONS, OTHERS
+from benchmarks.row_operations import ALL
 from benchmarks.shapes import MODELS, ROWS
 from benchmarks.timing import Program, jax_program, microseconds
 from bi_bridge import to_jax, to_torch
@@ -118,9 +118,9 @@ def test_table_of_a_model() -> None:
     assert "1.50" in console.export_text()
 
 
-@pytest.mark.parametrize("name", [*OPERATIONS, *OTHERS])
+@pytest.mark.parametrize("name", ALL)
 def test_row_operations_are_the_same_in_every_column(name: str) -> None:
-    operation = (OPERATIONS | OTHERS)[name]
+    operation = ALL[name]
     torch.manual_seed(1)
     arguments = operation.arguments(3, 256, torch.float32, "cpu")
     eager, ours = (jax.tree.leaves(call(*arguments)) for call in (operation.eager, operation.ours))
